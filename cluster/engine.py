@@ -1,0 +1,310 @@
+"""The training engine: DeepSpeed behind a small surface. The only module that imports deepspeed.
+
+One worker builds one ``Engine``. What it must know of the model (where the experts are) comes in as plain values,
+so that nothing here depends on a model family.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups, safe_set_full_fp32_param, safe_set_full_optimizer_state
+from torch import Tensor, nn
+
+from cluster.errors import ClusterError
+from cluster.expert_names import DOWN, GATE, UP, ExpertNames
+
+_TAG = "engine"
+_NO_EXPERTS = {"router_pattern": "gate", "expert_pattern": "experts", "expert_w1": "w1", "expert_w2": "w2"}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What DeepSpeed is told. Sizes count rows; ``expert_layout`` is the model's ``expert_parallel_layout()``."""
+
+    zero_stage: int
+    precision: str  # "fp32" or "bf16"
+    micro_batch: int
+    accumulation: int
+    clip_grad_norm: float
+    learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    offload_optimizer: bool = False
+    expert_parallel: int = 1
+    expert_layout: dict[str, Any] | None = None
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The configuration handed to ``deepspeed.initialize``."""
+        zero: dict[str, Any] = {"stage": self.zero_stage}
+        if self.zero_stage == 3:
+            zero["stage3_param_persistence_threshold"] = 0  # small models would otherwise not be partitioned at all
+        if self.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.clip_grad_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+            "optimizer": {
+                "type": "AdamW",
+                "params": {
+                    "lr": self.learning_rate,
+                    "betas": list(self.betas),
+                    "eps": self.epsilon,
+                    "weight_decay": self.weight_decay,
+                    "torch_adam": True,  # PyTorch's own AdamW: no compiler needed when a run starts
+                },
+            },
+        }
+        if self.offload_optimizer:
+            config["zero_force_ds_cpu_optimizer"] = False
+        if self.precision == "bf16":
+            config["bf16"] = {"enabled": True}
+        if self.expert_parallel > 1:
+            config["expert_parallel"] = {
+                "enabled": True,
+                "autoep_size": self.expert_parallel,
+                "use_grouped_mm": torch.cuda.is_available(),
+                **(self.expert_layout or {}),
+            }
+        return config
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (norms, biases) do not, as everywhere since GPT-2."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"name": "matrices", "params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"name": "vectors", "params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class Engine:
+    """A model wrapped for ZeRO and expert parallelism; every method is called by all workers together."""
+
+    def __init__(self, model: nn.Module, settings: EngineSettings) -> None:
+        """Wrap ``model``; torch.distributed must be initialised. The expert blocks are swapped in place."""
+        self.settings, self.module = settings, model
+        self._names = ExpertNames(settings.expert_layout or _NO_EXPERTS)
+        self._gradient_norm = 0.0
+        deepspeed.init_distributed(dist_init_required=False)
+        config = settings.deepspeed_config()
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, model_parameters=parameter_groups(model, settings.weight_decay), config=config
+        )
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # steps of 1e-3 would be lost in 16 bits
+                buffer.data = buffer.data.float()
+
+    def forward(self, **batch: Tensor) -> Any:
+        """The model's own output for this worker's rows."""
+        return self._engine(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of one micro batch; the loss is divided by the number of micro batches here."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> None:
+        """After each ``backward``: at the last micro batch, clip, step and clear; at the others, nothing."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        plain = self.settings.zero_stage == 0 and self.settings.precision == "fp32"  # DeepSpeed keeps no norm there
+        if plain and self._engine.is_gradient_accumulation_boundary():
+            norms = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
+            self._gradient_norm = float(torch.stack(norms).norm())
+        self._engine.step()
+        if not plain:
+            self._gradient_norm = float(self._engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global norm of the last step's gradients, before clipping."""
+        return self._gradient_norm
+
+    def set_training(self, training: bool) -> None:
+        """Training mode with gradients to come, or evaluation."""
+        self._engine.train(training)
+
+    def save(self, folder: Path) -> None:
+        """Write this worker's part of the engine's state below ``folder``."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=True)
+
+    def load(self, folder: Path) -> None:
+        """Read the state that ``save`` wrote at this topology. Raises ClusterError when nothing can be read."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise ClusterError(f"checkpoint={folder} holds no engine state; use a folder that a run wrote")
+
+    def load_universal(self, folder: Path, step: int, buffers: dict[str, Tensor]) -> None:
+        """Read what ``to_universal`` wrote, at any ZeRO stage, number of workers and expert-parallel size.
+
+        Weights, both moments and the step count of every parameter are set one by one. DeepSpeed's own loader
+        is not used: under ZeRO 3 it brings back weights but not all moments, which shows at the second step.
+        ``buffers`` are the model's persistent buffers by their own names; ``step`` the optimizer steps done.
+        """
+        saved = {self._names.canonical(path.name): path for path in (folder / _TAG / "zero").iterdir() if path.is_dir()}
+        self._prepare_moments(step)
+        for name, parameter in self.module.named_parameters():
+            canonical, part = self._names.canonical(name)
+            for key in ("fp32", "exp_avg", "exp_avg_sq"):
+                whole = _read_universal(saved, canonical, part, key)
+                value = self._names.part(whole, part, *self._expert_position(parameter))
+                self._set(parameter, key, value.to(parameter.device))
+        for name, buffer in self.module.named_buffers():
+            canonical = self._names.canonical(name)[0]
+            if canonical in buffers:
+                buffer.copy_(buffers[canonical])
+
+    def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Set one of a parameter's three tensors: ``fp32`` (the weight), ``exp_avg`` or ``exp_avg_sq``."""
+        partitioned = hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None
+        value = value.view(getattr(parameter, "ds_shape", parameter.shape))
+        if key != "fp32":
+            if partitioned:
+                safe_set_full_optimizer_state(parameter, value, key)
+            else:
+                self._optimizer.state[parameter][key] = value.clone()
+            return
+        if partitioned:
+            safe_set_full_fp32_param(parameter, value)
+        with (
+            torch.no_grad(),
+            deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")),
+        ):
+            parameter.data.copy_(value)
+
+    def _prepare_moments(self, step: int) -> None:
+        """Give every tensor that the optimizer steps empty moments and its step count."""
+        base = getattr(self._optimizer, "optimizer", self._optimizer)
+        if self.settings.zero_stage == 3:  # the groups of the base optimizer are empty between steps
+            stepped = self._optimizer.fp32_partitioned_groups_flat
+        else:
+            stepped = [tensor for group in base.param_groups for tensor in group["params"]]
+        for tensor in stepped:
+            base.state[tensor] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:  # ZeRO 1 and 2: let each parameter know its share of the moments
+            link()
+
+    def named_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and persistent buffer, whole, under the model's own names, one at a time.
+
+        Shards of ZeRO 3 and experts of other workers are gathered; the expert layer that expert parallelism put in
+        the model's place is mapped back. All workers must walk through it; the tensors are on the CPU.
+        """
+        waiting: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                tensor = parameter.detach().clone()
+            canonical, part = self._names.canonical(name)
+            if part is not None:
+                tensor = self._gather_experts(parameter, tensor)
+            if part in (GATE, UP):
+                waiting[part] = tensor
+                if len(waiting) < 2:
+                    continue
+                tensor = self._names.fuse(waiting.pop(GATE), waiting.pop(UP))
+            yield canonical, tensor.cpu()
+        for module_name, module in self.module.named_modules():
+            for name, buffer in module.named_buffers(module_name, recurse=False):
+                if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                    yield self._names.canonical(name)[0], buffer.detach().cpu().clone()
+
+    def _expert_position(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """(rank, size) of this worker among those that share a parameter's experts; (0, 1) for other parameters."""
+        if not hasattr(parameter, "group_name"):
+            return 0, 1
+        group = groups._get_expert_parallel_group(parameter.group_name)
+        return dist.get_rank(group), dist.get_world_size(group)
+
+    def _gather_experts(self, parameter: nn.Parameter, local_EFD: Tensor) -> Tensor:
+        group = groups._get_expert_parallel_group(parameter.group_name)
+        parts = [torch.empty_like(local_EFD) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, local_EFD.contiguous(), group=group)
+        return torch.cat(parts, dim=0)
+
+
+def _read_universal(
+    saved: dict[tuple[str, str | None], Path], canonical: str, part: str | None, key: str
+) -> Tensor:
+    """A whole tensor by the model's own name, from files in either naming."""
+
+    def read(path: Path) -> Tensor:
+        content = torch.load(path / f"{key}.pt", weights_only=False)
+        return content["param"] if isinstance(content, dict) else content
+
+    for own in ((canonical, None), (canonical, DOWN)):
+        if own in saved:
+            return read(saved[own])
+    try:
+        return ExpertNames.fuse(read(saved[canonical, GATE]), read(saved[canonical, UP]))
+    except KeyError as error:
+        raise ClusterError(f"checkpoint lacks parameter {canonical}; use one of a run with the same model") from error
+
+
+def to_universal(source: Path, target: Path) -> None:
+    """Convert the state below ``source`` so that another number of workers can load it from ``target``.
+
+    One worker calls this. DeepSpeed's universal checkpoint keeps one file per parameter and optimizer moment.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        Namespace(
+            input_folder=str(source / _TAG),
+            output_folder=str(target / _TAG),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
+    (target / "latest").write_text(_TAG)
+
+
+def topology(settings: EngineSettings, world_size: int) -> dict[str, Any]:
+    """What a saved engine state depends on: equal topologies load each other's state as it is.
+
+    Without ZeRO every worker holds the same state, so their number does not matter.
+    """
+    return {
+        "workers": world_size if settings.zero_stage else "any",
+        "zero_stage": settings.zero_stage,
+        "expert_parallel": settings.expert_parallel,
+        "precision": settings.precision,
+        "offload_optimizer": settings.offload_optimizer,
+    }
+
+
+def check_topology_change(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ClusterError, naming field, value and remedy, where a saved state cannot become the wanted one."""
+    if saved == wanted:
+        return
+    if saved["zero_stage"] == 0:
+        raise ClusterError(
+            f"train.zero_stage={wanted['zero_stage']} cannot take up a checkpoint of ZeRO stage 0 at another "
+            "topology; go on with train.zero_stage=0 and the same precision"
+        )
+    for key in ("precision", "offload_optimizer"):
+        if saved[key] != wanted[key]:
+            raise ClusterError(
+                f"train.{key}={wanted[key]} differs from the checkpoint's {saved[key]}; go on with "
+                f"train.{key}={saved[key]}"
+            )

@@ -1,0 +1,112 @@
+"""Starting workers: one Ray Train run, its reports brought to the driver.
+
+``ray.train.report`` hands metrics to the controller, which is an actor. From there a queue carries them to the
+driver, where alone the terminal and MLflow are spoken to.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Empty, Queue
+
+from cluster.errors import ClusterError
+
+# Ray Train's controller takes one report from each worker about every two seconds, and a worker that reports
+# faster waits for it; what a worker has to say is therefore gathered and sent at this interval.
+REPORT_INTERVAL_S = 2.5
+
+
+class _Forward(UserCallback):
+    """Runs in the controller: passes what the workers say on to the driver."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        for report in metrics:
+            if report:
+                self._queue.put({"kind": "report", **report})
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._queue.put({"kind": "failure", "errors": {r: _last_line(e) for r, e in worker_exceptions.items()}})
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+class WorkersFailed(RuntimeError):
+    """The workers failed more often than allowed; the message is the first worker's own last line."""
+
+
+def run_workers(
+    worker: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    *,
+    workers: int,
+    resources_per_worker: dict[str, float],
+    backend: str,
+    attempt_dir: Path,
+    max_failures: int,
+    on_message: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run ``worker(config)`` on every worker until all have returned.
+
+    ``attempt_dir`` must be new: Ray Train would silently take up what lies in a folder used before.
+    ``on_message`` gets, in a thread of this process, every non-empty report (``kind`` ``"report"``) and every failure
+    of the group (``kind`` ``"failure"``, ``errors`` by rank). Raises WorkersFailed.
+    """
+    if attempt_dir.exists():
+        raise ClusterError(f"attempt_dir={attempt_dir} exists already; give a folder of its own to every attempt")
+    queue = Queue(actor_options={"num_cpus": 0})
+    done = threading.Event()
+    listener = threading.Thread(target=_listen, args=(queue, done, on_message), daemon=True)
+    listener.start()
+    try:
+        TorchTrainer(
+            worker,
+            train_loop_config=config,
+            torch_config=TorchConfig(backend=backend),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=resources_per_worker.get("GPU", 0) > 0,
+                resources_per_worker=resources_per_worker,
+            ),
+            run_config=RunConfig(
+                name=attempt_dir.name,
+                storage_path=str(attempt_dir.parent),
+                failure_config=FailureConfig(max_failures=max_failures),
+                callbacks=[_Forward(queue)],
+            ),
+        ).fit()
+    except ray.train.TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", None) or {}
+        first = failures[min(failures)] if failures else error
+        raise WorkersFailed(_last_line(first)) from error
+    finally:
+        done.set()
+        listener.join(timeout=30)
+        queue.shutdown(force=True)
+
+
+def _listen(queue: Queue, done: threading.Event, on_message: Callable[[dict[str, Any]], None]) -> None:
+    """Hand messages on until the run is over and the queue is empty."""
+    while True:
+        try:
+            message = queue.get(timeout=0.5)
+        except Empty:
+            if done.is_set():
+                return
+            continue
+        except ray.exceptions.RayActorError:
+            return  # Ray itself is going down
+        on_message(message)

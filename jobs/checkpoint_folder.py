@@ -1,0 +1,36 @@
+"""From what a user types to a checkpoint's folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cluster.checkpoints import CheckpointStore
+from cluster.errors import ClusterError
+
+
+def model_folder(checkpoint: str) -> Path:
+    """The Hugging Face folder of a checkpoint, a run (its newest good checkpoint) or an exported model.
+
+    Raises ClusterError, naming the value and a remedy, where there is none; a damaged checkpoint is refused by name.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise ClusterError(f"checkpoint={checkpoint} is not a folder; give a checkpoint, a run's folder or a saved model")
+    if (folder / "checkpoints").is_dir():
+        damaged: list[str] = []
+        newest = CheckpointStore(folder / "checkpoints").newest_good(lambda d: damaged.append(str(d)))
+        if newest is None:
+            reason = damaged[0] if damaged else "the run saved none"
+            raise ClusterError(f"checkpoint={checkpoint} holds no good checkpoint ({reason}); train it further first")
+        return newest / "model"
+    if (folder / "MANIFEST.json").exists() or (folder / "engine").is_dir():
+        CheckpointStore(folder.parent).verify(folder)
+        return folder / "model"
+    config = folder / "config.json"
+    if not config.exists():
+        raise ClusterError(f"checkpoint={checkpoint} holds no model; give a checkpoint, a run's folder or a saved model")
+    model_type = json.loads(config.read_text()).get("model_type")
+    if model_type != "mmada":
+        raise ClusterError(f"checkpoint={checkpoint} holds a model of type {model_type}; give one that mmada trained")
+    return folder

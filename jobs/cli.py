@@ -1,0 +1,255 @@
+"""The command ``mmada``: reads the command line, calls one verb, turns what it returns or raises into an exit code.
+
+0 done, 1 the run failed, 2 the user's mistake (one line on stderr), 130 interrupted. A verb's modules are imported
+when it runs, so that help costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from jobs.wording import suggestion
+
+EPILOG = """\
+RECIPE is a YAML file or the name of one that comes with mmada (quickstart, debug).
+Any of its keys can be set after it: mmada train quickstart train.steps=500 run.name=longer
+"""
+
+
+class CommandError(ValueError):
+    """A command line that cannot be carried out; the message is one line: argument, value, remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line and not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        missing = message.removeprefix("the following arguments are required: ")
+        if missing != message:
+            message = f"{missing.partition(', ')[0]} is missing"
+        raise CommandError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader has seen enough: mmada plan … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        if not is_users_mistake(error):
+            raise
+        print("mmada:", " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    raise SystemExit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Carry out a command line; the exit code. Raises the floors' errors and CommandError."""
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return 0
+    verb = arguments[0]
+    if not verb.startswith("-") and verb not in VERBS:
+        raise CommandError(f"verb={verb} is unknown; {suggestion(verb, VERBS)}")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not getattr(options, "takes_rest", False):
+        raise CommandError(f"argument={rest[0]} is not known to mmada {options.verb}; see mmada {options.verb} --help")
+    options.rest = rest
+    return options.call(options)
+
+
+def is_users_mistake(error: Exception) -> bool:
+    """Whether ``error`` is one of the errors by which a floor refuses what it was asked.
+
+    A floor that has not been imported cannot have raised anything, so none is imported to find out.
+    """
+    kinds: list[type[BaseException]] = [CommandError]
+    for module, name in (
+        ("jobs.recipe_schema", "RecipeError"),
+        ("cluster.errors", "ClusterError"),
+        ("mmada.errors", "DataError"),
+    ):
+        if module in sys.modules:
+            kinds.append(getattr(sys.modules[module], name))
+    return isinstance(error, tuple(kinds))
+
+
+def train(options: argparse.Namespace) -> int:
+    """Check a recipe and train it."""
+    from jobs.recipe import load_recipe
+    from jobs.recipe_checks import check, check_run
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    check_run(recipe)
+    check(recipe)
+    from jobs.train import run
+
+    return run(recipe)
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Show what a recipe needs."""
+    from jobs.plan import run
+    from jobs.recipe import load_recipe
+
+    return run(load_recipe(options.recipe, options.overrides))
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a checkpoint's model to a folder."""
+    from jobs.export import run
+
+    return run(options.checkpoint, options.directory)
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Continue a prompt."""
+    from jobs.generate import run
+
+    return run(
+        options.checkpoint,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run one measurement."""
+    import importlib
+
+    names = bench_names()
+    if options.name not in names:
+        raise CommandError(f"name={options.name} is no bench; {suggestion(options.name, names)}")
+    return importlib.import_module(f"jobs.bench.{options.name}").run(options.rest)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Show what this machine has and lacks."""
+    from jobs.doctor import run
+
+    return run(deep=options.deep)
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": train,
+    "plan": plan,
+    "export": export,
+    "generate": generate,
+    "bench": bench,
+    "doctor": doctor,
+}
+
+
+def bench_names() -> list[str]:
+    """The measurements there are: one module each in jobs/bench."""
+    return sorted(path.stem for path in (Path(__file__).parent / "bench").glob("[!_]*.py"))
+
+
+def build_parser() -> Parser:
+    """All verbs with their arguments."""
+    parser = Parser(
+        prog="mmada",
+        description="Train multimodal reasoning models on a Ray cluster: one recipe, one verb.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", title="verbs", metavar="VERB", parser_class=Parser, required=True)
+
+    def add(verb: str, summary: str) -> argparse.ArgumentParser:
+        each = verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
+        each.set_defaults(call=VERBS[verb])
+        return each
+
+    for verb, summary in (
+        ("train", "train the model of a recipe, or go on with run.resume=true"),
+        ("plan", "show what a recipe needs: parameters, memory, batches, resources"),
+    ):
+        each = add(verb, summary)
+        each.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+        each.add_argument(
+            "overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a key of the recipe"
+        )
+
+    where = "a checkpoint, a run's folder (its newest good checkpoint) or a saved model"
+    each = add("export", "write a checkpoint's model as a Hugging Face folder")
+    each.add_argument("checkpoint", metavar="CHECKPOINT", help=where)
+    each.add_argument("directory", metavar="DIR", help="a new or empty folder")
+
+    each = add("generate", "continue a prompt, streaming the text")
+    each.add_argument("checkpoint", metavar="CHECKPOINT", help=where)
+    each.add_argument("prompt", metavar="PROMPT", help="the text to continue")
+    each.add_argument("--max-new-tokens", type=int_from(1), default=200, metavar="N", help="at most N (default: 200)")
+    each.add_argument("--temperature", type=float_from(0), default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
+    each.add_argument("--top-p", type=probability, default=0.95, metavar="P", help="nucleus (default: 0.95)")
+    each.add_argument("--seed", type=int_from(0), default=0, metavar="S", help="same seed, same text (default: 0)")
+
+    each = add("bench", "measure, and print the numbers")
+    each.add_argument("name", metavar="NAME", help=f"one of: {', '.join(bench_names())}; its own arguments follow")
+    each.set_defaults(takes_rest=True)
+
+    each = add("doctor", "show what this machine has, what is missing and how to get it")
+    each.add_argument("--deep", action="store_true", help="start Ray and write to an MLflow store, too")
+    return parser
+
+
+def int_from(low: int) -> Callable[[str], int]:
+    """Reads a whole number that is ``low`` or more."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} on; use {low} or more")
+        return value
+
+    return read
+
+
+def float_from(low: float) -> Callable[[str], float]:
+    """Reads a finite number that is ``low`` or more."""
+
+    def read(text: str) -> float:
+        value = number(text)
+        if value is None or not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} on; use {low:g} or more")
+        return value
+
+    return read
+
+
+def probability(text: str) -> float:
+    """Reads a number in (0, 1]."""
+    value = number(text)
+    if value is None or not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0 and at most 1; use 1 for no cut")
+    return value
+
+
+def number(text: str) -> float | None:
+    """``text`` as a number, or None."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The run on the terminal: one live line, and a plain line for what stays."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+_PLAIN_INTERVAL_S = 15.0  # a log file gets a line this often, a terminal one that moves
+
+
+class RunLine:
+    """Shows a training run: ``update`` after every report, ``say`` for lines that stay."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self._last_plain = 0.0
+        self._bits: float | None = None
+        self._started: tuple[float, int] | None = None
+        self.steps = 0
+
+    def __enter__(self) -> RunLine:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False)
+
+    def wait(self, text: str) -> None:
+        """What the run is waiting for, until the next update; on a plain stream a line that stays."""
+        if self.console.is_terminal:
+            self._live.update(Text(text, style="dim"))
+        else:
+            self.say(text)
+
+    def begin(self, start: int, steps: int) -> None:
+        """Training starts (or starts again) after ``start`` of ``steps`` steps."""
+        self.steps, self._started = steps, (time.monotonic(), start)
+
+    def update(self, row: dict[str, Any]) -> None:
+        """The newest step's metrics."""
+        new_bits = "bits_per_byte" in row
+        self._bits = row.get("bits_per_byte", self._bits)
+        line = self._line(row)
+        if self.console.is_terminal:
+            self._live.update(Text(line))
+        if new_bits:
+            self.say(line)
+        elif not self.console.is_terminal and time.monotonic() - self._last_plain > _PLAIN_INTERVAL_S:
+            self.say(line)
+        else:
+            return
+        self._last_plain = time.monotonic()
+
+    def _line(self, row: dict[str, Any]) -> str:
+        parts = [f"step {row['step']:>5}/{self.steps}", f"loss {row['loss']:.4f}"]
+        if self._bits is not None:
+            parts.append(f"held out {self._bits:.3f} bits/byte")
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        left = self._time_left(row["step"])
+        if left is not None:
+            parts.append(f"{left} left")
+        return "  ".join(parts)
+
+    def _time_left(self, step: int) -> timedelta | None:
+        if self._started is None or step <= self._started[1] or step >= self.steps:
+            return None
+        began, start = self._started
+        return timedelta(seconds=round((time.monotonic() - began) / (step - start) * (self.steps - step)))

@@ -1,0 +1,24 @@
+"""``mmada export``: a checkpoint's model as a folder of its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from cluster.errors import ClusterError
+from jobs.checkpoint_folder import model_folder
+
+
+def run(checkpoint: str, directory: str) -> int:
+    """Copy the Hugging Face folder of ``checkpoint`` to ``directory``, which must not hold anything yet."""
+    source, target = model_folder(checkpoint), Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ClusterError(f"directory={directory} is not empty; give a new one")
+    target.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(target.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source, aside)
+    target.rmdir()
+    aside.rename(target)
+    print(f"{target}  load it with AutoModelForCausalLM.from_pretrained after `import mmada.model`")
+    return 0

@@ -1,0 +1,27 @@
+"""``mmada generate``: text from a checkpoint, as it is made."""
+
+from __future__ import annotations
+
+import sys
+
+from jobs.checkpoint_folder import model_folder
+
+
+def run(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> int:
+    """Print ``prompt`` and its continuation; text appears as it is decoded."""
+    folder = model_folder(checkpoint)
+    from transformers.utils import logging
+
+    from mmada.generate import stream_text
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    pieces = stream_text(
+        folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+    return 0

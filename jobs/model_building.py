@@ -1,0 +1,27 @@
+"""From a recipe's ``model`` section to a model."""
+
+from __future__ import annotations
+
+import torch
+
+from jobs.recipe import Recipe
+from mmada.config import MMaDAConfig
+from mmada.model import MMaDAForCausalLM
+from mmada.presets import build_config
+
+
+def model_config(recipe: Recipe) -> MMaDAConfig:
+    """The architecture that the recipe asks for. Raises ValueError naming the field."""
+    overrides = recipe.model.overrides()
+    overrides.pop("attn_implementation", None)
+    return build_config(recipe.model.preset, **overrides)
+
+
+def build_model(recipe: Recipe) -> MMaDAForCausalLM:
+    """A new model in float32, its weights a function of ``run.seed`` alone."""
+    torch.manual_seed(recipe.run.seed)
+    attention = recipe.model.overrides().get("attn_implementation", "sdpa")
+    model = MMaDAForCausalLM._from_config(model_config(recipe), attn_implementation=attention, dtype=torch.float32)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model

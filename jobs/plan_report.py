@@ -1,0 +1,94 @@
+"""A plan on the terminal, readable at 100 columns."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs.plan import Plan, gib
+
+WIDTH = 100
+
+
+def show(plan: Plan, console: Console | None = None) -> None:
+    """Print a plan."""
+    console = console or Console(highlight=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    recipe = plan.recipe
+    console.print(f"[bold]{recipe.run.name}[/bold]  preset {recipe.model.preset}, {recipe.train.steps} steps\n")
+    for part in (facts(plan), memory_table(plan), resources_table(plan)):
+        console.print(part)
+    if plan.warnings:
+        console.print("[bold]look at[/bold]")
+        lines = Table.grid(padding=(0, 1))
+        for warning in plan.warnings:
+            lines.add_row("-", Text(warning))
+        console.print(lines)
+
+
+def facts(plan: Plan) -> Table:
+    """Model, batch and engine, a line for each fact."""
+    grid = Table.grid(padding=(0, 3, 0, 0))
+    size, batch = plan.size, plan.batch
+    micro = "micro batch" if batch.accumulation == 1 else "micro batches"
+    epochs = "the text is not prepared yet" if batch.epochs is None else f"{batch.epochs:.2f} times through the text"
+    rows = {
+        "model": [f"{size.total:,} parameters, {size.active:,} of them used by a token, {size.experts:,} in experts"],
+        "batch": [
+            f"{batch.global_batch} rows = {batch.workers} workers x {batch.accumulation} {micro} x "
+            f"{batch.micro_batch} rows",
+            f"{batch.tokens_per_step:,} tokens per step, {batch.tokens_in_run:,} in the run: {epochs}",
+        ],
+        "DeepSpeed": plan.engine,
+    }
+    for name, lines in rows.items():
+        for position, line in enumerate(lines):
+            grid.add_row("" if position else f"[bold]{name}[/bold]", Text(line))
+    return grid
+
+
+def memory_table(plan: Plan) -> Table:
+    """Bytes per worker at each ZeRO stage, the recipe's own marked."""
+    train, split = plan.recipe.train, plan.recipe.cluster.expert_parallel > 1
+    table = table_of("memory per worker", "parameters", "gradients", "optimizer", "buffers", "activations", "sum")
+    for row in plan.stages:
+        chosen = row.stage == train.zero_stage
+        note = " (this recipe)" if chosen else " (refused)" if split and row.stage == 0 else ""
+        parts = (row.parameters, row.gradients, row.optimizer, row.buffers, plan.kept_activations)
+        cells = [gib(part) for part in (*parts, plan.device_bytes(row))]
+        table.add_row(f"ZeRO {row.stage}{note}", *cells, style="bold" if chosen else "")
+    if train.gradient_checkpointing:
+        other = f"without gradient checkpointing activations take {gib(plan.activations.full)}"
+    else:
+        other = f"with gradient checkpointing activations take {gib(plan.activations.checkpointed)}"
+    host = "; optimizer states are in the host's memory" if train.offload_optimizer else ""
+    table.caption = f"{other}{host}; the process itself comes on top"
+    return table
+
+
+def resources_table(plan: Plan) -> Table:
+    """What is wanted beside what there is."""
+    cluster, machine = plan.recipe.cluster, plan.machine
+    table = table_of(f"resources of {machine.where}", "wanted", "there", "")
+    cpus, gpus = cluster.workers * cluster.cpus_per_worker, cluster.workers * cluster.gpus_per_worker
+    table.add_row("CPUs", f"{cpus:g}", f"{machine.cpus:g}", enough(cpus <= machine.cpus, "shared"))
+    table.add_row("GPUs", f"{gpus:g}", f"{machine.gpus:g}", enough(gpus <= machine.gpus, "short"))
+    needed, room = plan.worker_bytes, plan.room_per_worker
+    table.add_row("memory per worker", gib(needed), gib(room), enough(needed <= room, "short"))
+    return table
+
+
+def table_of(title: str, *columns: str) -> Table:
+    """An empty table in the house's manner; the first column is for names."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table.add_column(title, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def enough(is_enough: bool, otherwise: str) -> str:
+    """A verdict in colour."""
+    return "[green]enough[/green]" if is_enough else f"[yellow]{otherwise}[/yellow]"

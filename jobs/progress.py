@@ -1,0 +1,74 @@
+"""What a worker tells the driver, and how often."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
+
+from cluster.launch import REPORT_INTERVAL_S
+
+
+class Progress:
+    """Gathers each step's metrics on rank 0 and reports them together, every few seconds.
+
+    ``ray.train.report`` is a meeting of all workers; whether it is time is rank 0's decision, shared with the others
+    in a reduction of one number.
+    """
+
+    def __init__(self, rank: int, world: int, run_dir: Path) -> None:
+        self.rank, self.world = rank, world
+        self._history: list[dict[str, Any]] = []
+        self._notes: list[str] = []
+        self._rows_log = None
+        self._last = time.monotonic()
+        self._identify(run_dir / "workers.json")
+        self._rows_path = run_dir / "logs" / f"rows-{rank}.jsonl"
+
+    def note(self, notes: list[str]) -> None:
+        """Lines that the driver should show."""
+        self._notes += notes if self.rank == 0 else []
+
+    def begin(self, start: int, steps: int) -> None:
+        """Say where the run stands before its first step."""
+        self._report({"start": start, "steps": steps, "notes": self._notes} if self.rank == 0 else {})
+
+    def record_rows(self, step: int, indices: np.ndarray) -> None:
+        """Keep which rows this worker read at ``step``: the evidence that nothing was skipped or seen twice."""
+        if self._rows_log is None:
+            self._rows_log = open(self._rows_path, "a", buffering=1)  # noqa: SIM115 (lives as long as the worker)
+        self._rows_log.write(json.dumps({"step": step, "rows": indices.tolist()}) + "\n")
+
+    def add(self, step: int, metrics: dict[str, float], checkpoint: str | None, *, force: bool) -> None:
+        """Take in one step; report if it is time, or at once with ``force``."""
+        if self.rank == 0:
+            self._history.append({"step": step, **metrics, **({"checkpoint": checkpoint} if checkpoint else {})})
+        if force or self._is_time():
+            self._report({"history": self._history} if self.rank == 0 else {})
+            self._history = []
+
+    def _is_time(self) -> bool:
+        due = torch.tensor([float(self.rank == 0 and time.monotonic() - self._last > REPORT_INTERVAL_S)])
+        if self.world > 1:
+            dist.all_reduce(due)
+        return bool(due.item())
+
+    def _report(self, message: dict[str, Any]) -> None:
+        ray.train.report(message)
+        self._last = time.monotonic()
+
+    def _identify(self, path: Path) -> None:
+        """Write who runs where: rank, process, host."""
+        own = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname()}
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, own)
+        if self.rank == 0:
+            path.write_text(json.dumps(everyone, indent=1))

@@ -1,0 +1,186 @@
+"""Reading a recipe: a YAML file, ``key=value`` overrides, and one clear line for whatever is wrong in them.
+
+``jobs.recipe_schema`` says what may stand in a recipe, ``jobs.recipe_checks`` what must fit together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from jobs import recipe_yaml
+from jobs.recipe_schema import RESOLVED_RECIPE, Recipe, RecipeError
+from jobs.wording import closest, listed, shown, suggestion
+
+__all__ = ["RESOLVED_RECIPE", "Recipe", "RecipeError", "load_recipe", "shipped_recipes"]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# What a field wants, by pydantic's name for the mistake.
+WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "model_type": "a section; write its keys below it",
+    "model_attributes_type": "a section; write its keys below it",
+}
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    ``path`` is a file, or the bare name of a recipe that comes with mmada (``quickstart``). ``overrides`` are
+    ``section.key=value`` with the value in YAML. Raises RecipeError.
+    """
+    file = find_recipe(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise RecipeError(f"recipe={file} cannot be read ({reason}); give a YAML file") from error
+    values = parse(text, f"recipe={file}")
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"recipe={file} holds no sections; write {', '.join(Recipe.model_fields)} with their keys below"
+        )
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(first_mistake(error)) from error
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with mmada, by name."""
+    return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that is meant: ``path`` itself, or the shipped recipe of that name."""
+    file, shipped = Path(path).expanduser(), shipped_recipes()
+    if file.is_file():
+        return file
+    if str(path) in shipped:
+        return shipped[str(path)]
+    what = "is a folder" if file.is_dir() else "does not exist"
+    remedy = (
+        f"did you mean {guess}?"
+        if (guess := closest(file.stem, shipped))
+        else f"give a YAML file, or {listed(shipped)}"
+    )
+    raise RecipeError(f"recipe={path} {what}; {remedy}")
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in ``values``."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    section, dot, field = key.partition(".")
+    if not equals:
+        raise RecipeError(f"override={override} has no value; write section.key=value, such as train.steps=100")
+    if not (dot and section and field):
+        guess = sections_of(key)
+        raise RecipeError(f"override={override} names no section; write {guess or 'section.key'}={text}")
+    if "." in field:
+        whole, _, inner = field.partition(".")
+        raise RecipeError(
+            f"override={override} reaches inside a key; set it whole: {section}.{whole}={{{inner}: {text}}}"
+        )
+    target = values.setdefault(section, {})
+    if target is None:
+        target = values[section] = {}
+    if not isinstance(target, dict):
+        raise RecipeError(f"{section}={shown(target)} is not {WANTED['model_type']}")
+    target[field] = parse(text, f"override={override}")
+
+
+def parse(text: str, name: str) -> Any:
+    """The value that ``text`` says; ``name`` is what an error begins with."""
+    try:
+        return recipe_yaml.parse(text)
+    except ValueError as error:
+        raise RecipeError(f"{name} is no valid YAML: {error}; mend it there") from error
+
+
+def first_mistake(error: ValidationError) -> str:
+    """One line for the mistake to mend first: a misspelt key comes before the one that is then missing."""
+    mistakes = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+    line = describe(mistakes[0])
+    return line if len(mistakes) == 1 else f"{line} (and {len(mistakes) - 1} more)"
+
+
+def describe(mistake: Mapping[str, Any]) -> str:
+    """Field, value and remedy of one of pydantic's findings."""
+    location, kind = [str(part) for part in mistake["loc"]], mistake["type"]
+    field, value = ".".join(location), mistake["input"]
+    if kind == "extra_forbidden":
+        return describe_unknown(location, value)
+    if kind == "missing":
+        if len(location) == 1:
+            return f"{field} is missing; the recipe needs a section {field}"
+        return f"{field} is missing; set it in the recipe or as {field}=… after it"
+    if kind in WANTED:
+        if kind.startswith("model"):
+            return f"{field}={shown(value)} is not {WANTED[kind]}"
+        quotable = kind == "string_type" and isinstance(value, bool | int | float)
+        remedy = f"quote it: '{field}=\"{shown(value)}\"'" if quotable else f"write {WANTED[kind]}"
+        return f"{field}={shown(value)} is not {WANTED[kind]}; {remedy}{' without quotes' * isinstance(value, str)}"
+    if kind == "literal_error":
+        allowed = property_of(location)["enum"]
+        return f"{field}={shown(value)} is not one of {', '.join(allowed)}; {suggestion(str(value), allowed)}"
+    if kind == "string_pattern_mismatch":
+        remedy = "use letters, digits, '.', '_' and '-', a letter or digit first"
+        return f"{field}={shown(value)} cannot name a folder; {remedy}"
+    if kind == "string_too_short":
+        return f"{field}={shown(value)} is empty; leave the key out or give it a value"
+    return f"{field}={shown(value)} is out of range; use {allowed_range(property_of(location))}"
+
+
+def describe_unknown(location: list[str], value: Any) -> str:
+    """A key or section that no recipe has, with what was probably meant."""
+    if len(location) == 1:
+        remedy = suggestion(location[0], Recipe.model_fields)
+        return f"{location[0]}={shown(value)} is not a section of a recipe; {remedy}"
+    section, key = location[0], location[-1]
+    keys = schema_of(section)["properties"]
+    elsewhere = sections_of(key)
+    remedy = f"did you mean {elsewhere}?" if elsewhere else suggestion(key, keys, f"{section}.")
+    return f"{section}.{key}={shown(value)} is not a key of a recipe; {remedy}"
+
+
+def sections_of(key: str) -> str | None:
+    """``section.key`` where some section has exactly this key."""
+    return next((f"{name}.{key}" for name in Recipe.model_fields if key in schema_of(name)["properties"]), None)
+
+
+def schema_of(section: str) -> dict[str, Any]:
+    """JSON schema of one section."""
+    annotation = Recipe.model_fields[section].annotation
+    assert annotation is not None
+    return annotation.model_json_schema()
+
+
+def property_of(location: list[str]) -> dict[str, Any]:
+    """JSON schema of one key, without the null that it may also be."""
+    found = schema_of(location[0])["properties"][location[1]]
+    return next((each for each in found.get("anyOf", ()) if each.get("type") != "null"), found)
+
+
+def allowed_range(schema: Mapping[str, Any]) -> str:
+    """The bounds of a number in words."""
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    if "minimum" in schema and "maximum" in schema:
+        return f"{low:g} to {high:g}"
+    above = "more than" if "exclusiveMinimum" in schema else "at least"
+    below = "less than" if "exclusiveMaximum" in schema else "at most"
+    words = [f"{above} {low:g}"] if low is not None else []
+    if high is not None:
+        words.append(f"{below} {high:g}")
+    return " and ".join(words)

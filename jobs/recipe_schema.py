@@ -1,0 +1,238 @@
+"""What a recipe may say: the sections, their keys, types, ranges and defaults.
+
+Each key's meaning stands under it. Values are taken as they are: ``"5"`` is no number, ``true`` is no number.
+What several keys together must fulfil is checked in ``jobs.recipe_checks``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jobs import recipe_yaml
+
+# The resolved recipe's file name in a run's folder.
+RESOLVED_RECIPE = "recipe.yaml"
+
+Positive = Annotated[int, Field(ge=1)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+class RecipeError(ValueError):
+    """A recipe or command that cannot be carried out; the message is one line: field, value, remedy."""
+
+
+class Section(BaseModel):
+    """What every section has in common: unknown keys and wrong types are refused, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class RunSection(Section):
+    """Which run this is and where it lives."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """The run's folder in ``run.dir`` and its name in MLflow: letters, digits, ``.``, ``_`` and ``-``."""
+
+    dir: Annotated[str, Field(min_length=1)] = "runs"
+    """Folder that holds the runs, on storage that every worker reaches."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes the initial weights, the order of the data and the routers' noise."""
+
+    resume: bool = False
+    """Go on from the newest good checkpoint of ``run.name``. A used name is refused without it."""
+
+
+class DataSection(Section):
+    """What is read and how it becomes tokens."""
+
+    source: Literal["stdlib", "files", "hub"] = "stdlib"
+    """``stdlib``: the text in Python's own standard library; ``files``: text, JSONL or Parquet at ``data.path``;
+    ``hub``: a Hugging Face data set named by ``data.path``."""
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """A file or folder (``files``), or a data set's name (``hub``)."""
+
+    text_field: Annotated[str, Field(min_length=1)] = "text"
+    """Key or column that holds the text, in JSONL, Parquet and hub data sets."""
+
+    split: str | None = None
+    """Split of a hub data set; null takes ``train``."""
+
+    config_name: str | None = None
+    """Configuration of a hub data set, where it has several."""
+
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """Share of the documents that is never trained on and measures bits per byte."""
+
+    limit_documents: Annotated[int, Field(ge=2)] | None = None
+    """Read no more documents than this; null reads all."""
+
+    tokenizer: Annotated[str, Field(min_length=1)] = "bytes"
+    """``bytes``, or the name or folder of a Hugging Face tokenizer."""
+
+
+class TrainSection(Section):
+    """How long, in what batches and with which optimizer the model learns."""
+
+    steps: Positive
+    """Optimizer steps of the whole run, counted from its first start."""
+
+    global_batch: Positive = 32
+    """Rows that all workers together see in one optimizer step."""
+
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens in one row."""
+
+    micro_batch: Positive | None = None
+    """Rows that one worker takes through one backward pass; null: its whole share, without accumulation."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16`` keeps weights and gradients in 16 bits and a 32-bit copy in the optimizer; for GPUs that have it."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """What DeepSpeed splits over the workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+
+    offload_optimizer: bool = False
+    """Keep optimizer states in the host's memory and step there; from ZeRO stage 1 on."""
+
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer and compute the rest anew in the backward pass."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """The highest learning rate, reached after the warm-up."""
+
+    min_learning_rate_ratio: Ratio = 0.1
+    """The cosine ends at this share of ``learning_rate``."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises in a straight line."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW's decoupled weight decay, on matrices only."""
+
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the gradient's mean."""
+
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's decay of the squared gradient's mean."""
+
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's guard against division by zero."""
+
+    clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+
+    checkpoint_every: Annotated[int, Field(ge=0)] = 200
+    """Steps between checkpoints; the last step always leaves one, with 0 it alone."""
+
+    keep_checkpoints: Positive = 2
+    """Good checkpoints to keep, the newest first."""
+
+    evaluate_every: Annotated[int, Field(ge=0)] = 200
+    """Steps between evaluations on the held-out text; the last step always has one, with 0 it alone."""
+
+    evaluate_rows: Positive | None = None
+    """Held-out rows of an evaluation on the way; null takes all, as the last one always does."""
+
+    log_every: Positive = 10
+    """Steps between reports of loss and speed."""
+
+
+class ClusterSection(Section):
+    """Where it runs and on how much."""
+
+    address: Annotated[str, Field(min_length=1)] | None = None
+    """Ray's head, ``host:port`` or ``auto``; null starts Ray on this machine for the run alone."""
+
+    workers: Positive = 1
+    """Processes that train together, one accelerator each where there are any."""
+
+    expert_parallel: Positive = 1
+    """Workers over which one set of experts is split."""
+
+    max_failures: Annotated[int, Field(ge=0)] = 0
+    """Deaths of a worker after which the run goes on from its last checkpoint."""
+
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    """Logical CPUs that Ray sets aside for a worker."""
+
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """GPUs of a worker: 0 or 1."""
+
+    threads_per_worker: Positive | None = None
+    """Threads that torch uses in a worker; null shares the node's cores out among its workers."""
+
+    start_timeout: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds to wait for the cluster and its workers."""
+
+
+class TrackingSection(Section):
+    """Where MLflow keeps what a run reports."""
+
+    uri: Annotated[str, Field(min_length=1)] | None = None
+    """An MLflow server, ``http://host:port``; null keeps an SQLite store in ``run.dir``."""
+
+    experiment: Annotated[str, Field(min_length=1)] = "mmada"
+    """The experiment that holds the run."""
+
+
+class ModelSection(Section):
+    """A named size and whatever differs from it: any field of ``mmada.config.MMaDAConfig``.
+
+    The fields' types, ranges and defaults are the model config's own; ``build_config`` applies them.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    preset: Annotated[str, Field(min_length=1)]
+    """A name out of ``mmada.presets.PRESETS``."""
+
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel: torch's fused one, or the plain formula that can return its weights."""
+
+    def overrides(self) -> dict[str, Any]:
+        """What the recipe sets beside the preset, attention kernel included: ``build_config``'s keywords."""
+        return {"attn_implementation": self.attn_implementation, **(self.model_extra or {})}
+
+
+class Recipe(Section):
+    """One run, said completely."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection = DataSection()
+    train: TrainSection
+    cluster: ClusterSection = ClusterSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's own folder, ``<run.dir>/<run.name>``."""
+        return Path(self.run.dir).expanduser() / self.run.name
+
+    @property
+    def rows_per_worker(self) -> int:
+        """Rows of one worker in one optimizer step."""
+        return self.train.global_batch // self.cluster.workers
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of one worker in one backward pass, with the default filled in."""
+        return self.train.micro_batch or self.rows_per_worker
+
+    @property
+    def accumulation(self) -> int:
+        """Backward passes of one worker in one optimizer step."""
+        return self.rows_per_worker // self.micro_batch
+
+    def flattened(self) -> dict[str, Any]:
+        """Every key with its value, as ``section.key``; what MLflow shows as parameters."""
+        return {f"{name}.{key}": value for name, keys in self.model_dump().items() for key, value in keys.items()}
+
+    def resolved_yaml(self) -> str:
+        """The recipe with every default written out; loading it gives the same recipe."""
+        return recipe_yaml.dump(self.model_dump())

@@ -1,0 +1,242 @@
+"""``mmada train``: one recipe, trained on Ray with DeepSpeed, tracked, resumable."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.checkpoints import CheckpointStore
+from cluster.errors import ClusterError
+from cluster.launch import WorkersFailed, run_workers
+from cluster.session import RaySession
+from cluster.terminal import quiet_terminal
+from cluster.tracking import Tracker
+from jobs.console import RunLine
+from jobs.model_building import model_config
+from jobs.recipe import Recipe, RecipeError
+from jobs.worker import train_worker
+from mmada.data import PreparedText, TextSource, load_tokenizer, prepare
+from mmada.errors import DataError
+from mmada.plots.learning_curve import learning_curve
+
+_XZ_LIMIT = 64 * 2**20  # bytes of held-out text up to which the comparison with xz is worth its time
+
+
+@dataclass
+class RunRecord:
+    """What the driver has heard so far; the stuff of ``summary.json``."""
+
+    steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    loss: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    checkpoint: str | None = None
+    tokens: int = 0
+    training_seconds: float = 0.0
+
+    def add(self, row: dict[str, Any]) -> dict[str, float]:
+        """Take in one step; its metrics with ``tokens_per_second``."""
+        step = self.steps = row["step"]
+        self.checkpoint = row.get("checkpoint", self.checkpoint)
+        metrics = {k: v for k, v in row.items() if k not in ("step", "checkpoint", "tokens") and math.isfinite(v)}
+        metrics["tokens_per_second"] = row["tokens"] / row["step_seconds"]
+        self.tokens += row["tokens"]
+        self.training_seconds += row["step_seconds"]
+        self.loss.append((step, row["loss"]))
+        self.metrics["loss"] = row["loss"]
+        if "bits_per_byte" in row:
+            self.held_out.append((step, row["bits_per_byte"]))
+            self.metrics["bits_per_byte"] = row["bits_per_byte"]
+        self.metrics["tokens_per_second"] = self.tokens / self.training_seconds
+        return metrics
+
+
+def run(recipe: Recipe) -> int:
+    """Train; the exit code. Raises RecipeError, DataError or ClusterError before anything has started."""
+    run_dir = (Path(recipe.run.dir) / recipe.run.name).resolve()
+    config = model_config(recipe)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size={config.vocab_size} is smaller than the {len(tokenizer)} ids of "
+            f"data.tokenizer={recipe.data.tokenizer}; use model.vocab_size={len(tokenizer)} or more"
+        )
+    prepared = prepare(text_source(recipe), tokenizer, run_dir.parent / ".data", held_out=recipe.data.held_out)
+    is_new = not run_dir.exists()
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        return TrainingRun(recipe, run_dir, prepared).run()
+    except (RecipeError, DataError, ClusterError):
+        if is_new:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+def text_source(recipe: Recipe) -> TextSource:
+    """The recipe's ``data`` section in the words of ``mmada.data``."""
+    data = recipe.data
+    return TextSource(
+        kind=data.source,
+        path=data.path,
+        text_field=data.text_field,
+        split=data.split,
+        config_name=data.config_name,
+        limit_documents=data.limit_documents,
+    )
+
+
+class TrainingRun:
+    """The driver's side of one run."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, prepared: PreparedText) -> None:
+        self.recipe, self.run_dir, self.prepared = recipe, run_dir, prepared
+        self.record = RunRecord()
+        self.state_file = run_dir / "run.json"
+        self.state: dict[str, Any] = json.loads(self.state_file.read_text()) if self.state_file.exists() else {}
+
+    def run(self) -> int:
+        """Start everything, train, write the summary; 0 if all steps were done, 1 if not."""
+        log = self.run_dir / "logs" / "driver.log"
+        with quiet_terminal(log) as terminal, RunLine(terminal) as line:
+            self.line = line
+            line.say(f"run      {self.run_dir}")
+            train, held_out = self.prepared.train, self.prepared.held_out
+            line.say(f"data     {train.num_bytes:,} bytes to train on, {held_out.num_bytes:,} held out")
+            line.wait("starting MLflow and Ray …")
+            cluster = self.recipe.cluster
+            self.tracker = Tracker(
+                self.recipe.tracking.uri,
+                self.recipe.tracking.experiment,
+                run_dir=self.run_dir,
+                run_name=self.recipe.run.name,
+                run_id=self.state.get("mlflow_run_id"),
+            )
+            with RaySession(
+                cluster.address,
+                workers=cluster.workers,
+                cpus_per_worker=cluster.cpus_per_worker,
+                gpus_per_worker=cluster.gpus_per_worker,
+                log_dir=self.run_dir / "logs",
+                timeout_s=cluster.start_timeout,
+            ):
+                self._remember(mlflow_run_id=self.tracker.start(self.recipe.flattened()))
+                (self.run_dir / "recipe.yaml").write_text(self.recipe.resolved_yaml())
+                error = self._train()
+            return self._finish(error, log)
+
+    def _train(self) -> BaseException | None:
+        cluster = self.recipe.cluster
+        attempt = self.state.get("attempts", 0) + 1
+        self._remember(attempts=attempt)
+        self.line.wait(f"starting {cluster.workers} workers …")
+        resources = {"CPU": cluster.cpus_per_worker}
+        if cluster.gpus_per_worker:
+            resources["GPU"] = cluster.gpus_per_worker
+        try:
+            run_workers(
+                train_worker,
+                {
+                    "recipe": self.recipe.model_dump(),
+                    "run_dir": str(self.run_dir),
+                    "prepared": str(self.prepared.folder),
+                },
+                workers=cluster.workers,
+                resources_per_worker=resources,
+                backend="nccl" if cluster.gpus_per_worker else "gloo",
+                attempt_dir=self.run_dir / "ray" / f"attempt-{attempt}",
+                max_failures=cluster.max_failures,
+                on_message=self._hear,
+            )
+        except (WorkersFailed, ClusterError, KeyboardInterrupt) as error:
+            return error
+        return None
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        """A message from the workers, in the listening thread."""
+        if message["kind"] == "failure":
+            rank, reason = next(iter(message["errors"].items()))
+            self.line.say(f"worker {rank} failed: {reason}")
+        elif "start" in message:
+            for note in message["notes"]:
+                self.line.say(note)
+            self.line.begin(message["start"], message["steps"])
+            self.record.steps = message["start"]
+        else:
+            for row in message["history"]:
+                metrics = self.record.add(row)
+                self.tracker.log(row["step"], metrics)
+                if "checkpoint" in row:
+                    folder = Path(row["checkpoint"])
+                    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                    self.tracker.checkpoint(str(folder), row["step"], size)
+                if "bits_per_byte" in row:
+                    self.line.update({**row, **metrics})
+            self.line.update({k: v for k, v in {**row, **metrics}.items() if k != "bits_per_byte"})
+
+    def _finish(self, error: BaseException | None, log: Path) -> int:
+        record = self.record
+        if record.checkpoint is None:
+            newest = CheckpointStore(self.run_dir / "checkpoints").newest_good(lambda damaged: None)
+            record.checkpoint = str(newest) if newest else None
+        status = "failed" if error else "done"
+        if record.loss:
+            self.tracker.figure("learning_curve.png", learning_curve(record.loss, record.held_out, self.recipe.run.name))
+        summary = {
+            "status": status,
+            "steps": record.steps,
+            "metrics": record.metrics,
+            "mlflow_run_id": self.state["mlflow_run_id"],
+            "checkpoint": record.checkpoint,
+        }
+        if error:
+            summary["error"] = str(error) or type(error).__name__
+        _write_json(self.run_dir / "summary.json", summary)
+        self.tracker.artifact(str(self.run_dir / "recipe.yaml"))
+        for problem in self.tracker.finish(status):
+            self.line.say(problem)
+        if isinstance(error, KeyboardInterrupt):
+            self.line.say(f"interrupted after step {record.steps}; go on with run.resume=true")
+            raise error
+        if error:
+            last = f"; the last good checkpoint is {record.checkpoint}" if record.checkpoint else ""
+            self.line.say(f"failed after step {record.steps}: {error}{last}; logs in {log.parent}")
+            return 1
+        self._say_what_next()
+        return 0
+
+    def _say_what_next(self) -> None:
+        say, record = self.line.say, self.record
+        if "bits_per_byte" in record.metrics:
+            compared = ""
+            text = self.prepared.held_out_text_path
+            if text.stat().st_size <= _XZ_LIMIT:
+                compared = f" (xz -9 on the same text: {xz_bits_per_byte(text):.2f})"
+            say(f"done     {record.metrics['bits_per_byte']:.3f} bits per held-out byte{compared}")
+        uri = self.recipe.tracking.uri or self.tracker.uri
+        say("next")
+        say(f"  look      .venv/bin/mlflow ui --backend-store-uri {uri}")
+        say(f'  sample    .venv/bin/mmada generate {record.checkpoint} "The "')
+        say(f"  export    .venv/bin/mmada export {record.checkpoint} my-model")
+        more = self.recipe.train.steps * 2
+        say(f"  go on     the same command with run.name={self.recipe.run.name} run.resume=true train.steps={more}")
+
+    def _remember(self, **values: Any) -> None:
+        self.state |= values
+        _write_json(self.state_file, self.state)
+
+
+def xz_bits_per_byte(text: Path) -> float:
+    """What ``xz -9`` needs for the text, in bits per byte."""
+    content = text.read_bytes()
+    return 8 * len(lzma.compress(content, preset=9)) / len(content)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    aside.replace(path)

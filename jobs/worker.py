@@ -1,0 +1,200 @@
+"""What one training worker does: build, resume, then batch → loss → backward → step → report.
+
+Ray Train starts ``train_worker`` in every worker process. All state that a step depends on is either in the
+checkpoint or a pure function of (seed, step): the batch, the router's noise, the learning rate.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cluster.checkpoints import CheckpointStore
+from cluster.engine import Engine, EngineSettings
+from jobs.checkpointing import Resume, find_resume, restore, save
+from jobs.evaluation import evaluate
+from jobs.model_building import build_model
+from jobs.progress import Progress
+from jobs.recipe import Recipe
+from mmada.data import global_batch_indices, load_tokenizer, open_prepared, rank_slice
+from mmada.training.schedules import warmup_cosine
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker; ``config`` holds ``recipe`` (resolved), ``run_dir`` and ``prepared``."""
+    context = ray.train.get_context()
+    run_dir = Path(config["run_dir"])
+    _write_output_to(run_dir / "logs" / f"worker-{context.get_world_rank()}.log")
+    TrainingWorker(Recipe.model_validate(config["recipe"]), run_dir, Path(config["prepared"])).run()
+
+
+def _write_output_to(log: Path) -> None:
+    """Everything this process prints from now on goes to the run's folder."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def engine_settings(recipe: Recipe, expert_layout: dict[str, Any]) -> EngineSettings:
+    """The engine's share of a recipe."""
+    train, cluster = recipe.train, recipe.cluster
+    micro_batch = train.micro_batch or train.global_batch // cluster.workers
+    return EngineSettings(
+        zero_stage=train.zero_stage,
+        precision=train.precision,
+        micro_batch=micro_batch,
+        accumulation=train.global_batch // (cluster.workers * micro_batch),
+        clip_grad_norm=train.clip_grad_norm,
+        learning_rate=train.learning_rate,
+        betas=(train.beta1, train.beta2),
+        epsilon=train.epsilon,
+        weight_decay=train.weight_decay,
+        offload_optimizer=train.offload_optimizer,
+        expert_parallel=cluster.expert_parallel,
+        expert_layout=expert_layout,
+    )
+
+
+class TrainingWorker:
+    """One rank of a training run. Every method is called by all ranks together."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, prepared: Path) -> None:
+        self.recipe, self.run_dir = recipe, run_dir
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if recipe.cluster.threads_per_worker:
+            torch.set_num_threads(recipe.cluster.threads_per_worker)
+        else:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // recipe.cluster.workers))
+        self.device = ray.train.torch.get_device()
+        self.data = open_prepared(prepared)
+        self.tokenizer = load_tokenizer(recipe.data.tokenizer)
+        self.rows = self.data.train.rows(recipe.train.sequence_length)
+        self.model = build_model(recipe).to(self.device)
+        self.settings = engine_settings(recipe, self.model.expert_parallel_layout())
+        self.store = CheckpointStore(run_dir / "checkpoints", keep=recipe.train.keep_checkpoints)
+        self.progress = Progress(self.rank, self.world, run_dir)
+
+        resume = self._agree_on_resume()
+        self.engine = Engine(self.model, self.settings)
+        self.model.reduce_load = self._sum if self.world > 1 else None
+        torch.manual_seed(recipe.run.seed + 1 + self.rank)
+        self.start = restore(self.engine, resume, self.rank) if resume else 0
+
+    def run(self) -> None:
+        """Train from where the run stands to ``train.steps``, evaluating and saving on the way."""
+        train = self.recipe.train
+        self.progress.begin(self.start, train.steps)
+        for step in range(self.start, train.steps):
+            started = time.perf_counter()
+            metrics = self.train_step(step)
+            metrics["step_seconds"] = time.perf_counter() - started
+            done = step + 1
+            last = done == train.steps
+            if last or (train.evaluate_every and done % train.evaluate_every == 0):
+                metrics["bits_per_byte"] = self.evaluate(all_rows=last)
+            saved = None
+            if last or (train.checkpoint_every and done % train.checkpoint_every == 0):
+                saved = self.save(done)
+            self.progress.add(done, metrics, saved, force=last or saved is not None)
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step over the global batch of ``step``; metrics are those of the whole batch."""
+        train = self.recipe.train
+        batch = self._batch(step)
+        targets = self._sum((batch["shift_labels"] != -100).sum().to(torch.float64))
+        # Each micro batch divides by its even share of the targets: the mean over workers and micro batches, which
+        # is what the engine takes, is then the mean over the targets of the whole batch, however they are spread.
+        share = targets / (self.world * self.settings.accumulation)
+        learning_rate = self.learning_rate(step)
+        parts, loads = [], []
+        for micro in range(self.settings.accumulation):
+            rows = slice(micro * self.settings.micro_batch, (micro + 1) * self.settings.micro_batch)
+            output = self.engine.forward(
+                **{name: value[rows] for name, value in batch.items()}, num_items_in_batch=share, use_cache=False
+            )
+            self.engine.backward(output.loss)
+            self.engine.step(learning_rate)
+            zero = output.lm_loss.new_zeros(())
+            parts.append(torch.stack([output.lm_loss, output.aux_loss or zero, output.z_loss or zero]))
+            if output.expert_load is not None:
+                loads.append(output.expert_load)
+        lm_loss, balance, z = (self._sum(torch.stack(parts).mean(0).double()) / self.world).tolist()
+        metrics = {"loss": lm_loss, "learning_rate": learning_rate, "gradient_norm": self.engine.gradient_norm}
+        metrics["tokens"] = train.global_batch * train.sequence_length
+        if loads:
+            load_LE = torch.stack(loads).sum(0)
+            self.model.update_router_bias(load_LE)
+            violation_L = load_LE.max(dim=1).values / load_LE.mean(dim=1) - 1
+            metrics |= {"router_balance_loss": balance, "router_z_loss": z}
+            metrics["expert_load_max_violation"] = float(violation_L.max())
+        return metrics
+
+    def learning_rate(self, step: int) -> float:
+        """The schedule of the recipe at ``step``."""
+        train = self.recipe.train
+        return warmup_cosine(
+            step,
+            peak=train.learning_rate,
+            steps=train.steps,
+            warmup_steps=train.warmup_steps,
+            min_ratio=train.min_learning_rate_ratio,
+        )
+
+    def evaluate(self, *, all_rows: bool) -> float:
+        """Held-out bits per byte, over all rows or the first ``train.evaluate_rows``."""
+        train = self.recipe.train
+        self.engine.set_training(False)
+        bits = evaluate(
+            self.engine,
+            self.data.held_out,
+            sequence_length=train.sequence_length,
+            batch_rows=self.settings.micro_batch,
+            max_rows=None if all_rows else train.evaluate_rows,
+            device=self.device,
+        )
+        self.engine.set_training(True)
+        return bits
+
+    def save(self, step: int) -> str:
+        """Write, check and make current the checkpoint of ``step``; its folder."""
+        metadata = {"step": step, "data": self.data.fingerprint, "seed": self.recipe.run.seed}
+        return str(save(self.engine, self.store, self.tokenizer, step, metadata, self.rank, self.world))
+
+    def _batch(self, step: int) -> dict[str, Tensor]:
+        """This rank's rows of the global batch of ``step``."""
+        train = self.recipe.train
+        indices = global_batch_indices(self.recipe.run.seed, step, train.global_batch, len(self.rows))
+        own = rank_slice(np.arange(train.global_batch), self.rank, self.world)
+        batch = self.rows.batch(indices[own])
+        batch["sample_ids"] = torch.from_numpy(own) + step * train.global_batch + (self.recipe.run.seed << 40)
+        self.progress.record_rows(step, indices[own])
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def _agree_on_resume(self) -> Resume | None:
+        """Rank 0 looks for the newest good checkpoint (and converts it if the topology changed); all use it."""
+        found: list[Any] = [None]
+        if self.rank == 0:
+            self.store.discard_partials()
+            found[0] = find_resume(self.store, self.settings, self.world, self.run_dir)
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is not None:
+            self.progress.note(found[0].notes)
+        return found[0] if found[0] is not None and found[0].folder is not None else None
+
+    def _sum(self, value: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value

@@ -1,0 +1,42 @@
+"""Decoding from a saved model, as it is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+
+import mmada.model  # noqa: F401  (registers the family with the Auto classes)
+
+
+def stream_text(
+    folder: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> Iterator[str]:
+    """Yield the continuation of ``prompt`` piece by piece, from a folder that ``save_pretrained`` wrote.
+
+    ``temperature`` 0 is greedy. The same seed gives the same text on the same machine.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    failure: list[BaseException] = []
+
+    def decode() -> None:
+        try:
+            model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+        except BaseException as error:  # handed to the reader, who would otherwise wait for ever
+            failure.append(error)
+            streamer.end()
+
+    worker = Thread(target=decode, daemon=True)
+    worker.start()
+    yield from streamer
+    worker.join()
+    if failure:
+        raise failure[0]

@@ -1,0 +1,1 @@
+"""Layers that mix information along the sequence."""

@@ -1,0 +1,91 @@
+"""Grouped-query attention with rotary positions.
+
+# B batch, T tokens, D model, H query heads, G key/value heads, K head_dim, S keys in the cache
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mmada.config import MMaDAConfig
+from mmada.nn.positions import rotate
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The plain formula, softmax(q kᵀ s + mask) v, with its weights; the signature of transformers' interface.
+
+    query (B, H, T, K); key, value (B, G, S, K); returns (B, T, H, K) and (B, H, T, S).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(groups, dim=1)
+    value = value.repeat_interleave(groups, dim=1)
+    scores_BHTS = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores_BHTS = scores_BHTS + attention_mask
+    wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
+    weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=wide).to(query.dtype)
+    weights_BHTS = nn.functional.dropout(weights_BHTS, p=dropout, training=module.training)
+    return (weights_BHTS @ value).transpose(1, 2).contiguous(), weights_BHTS
+
+
+class Attention(nn.Module):
+    """Query head i reads key/value head i // (H / G) (grouped-query attention, arXiv:2305.13245)."""
+
+    def __init__(self, config: MMaDAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix (B, T, D) along T; keys and values join ``past_key_values`` where one is given.
+
+        Returns the mixed states (B, T, D) and the weights, which only the eager kernel knows.
+        """
+        heads_BTHK = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads_BTHK).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads_BTHK).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads_BTHK).transpose(1, 2)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        mixed_BTHK, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(mixed_BTHK.reshape(*hidden_states.shape[:-1], -1)), weights

@@ -1,0 +1,1 @@
+"""Looking instead of reading: figures of training and of the model."""

@@ -1,0 +1,1 @@
+"""Objectives: each a small file returning a scalar and its parts."""
