@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -156,13 +157,13 @@ class CheckpointStore:
                 return folder
         return None
 
-    def list(self) -> list[Path]:
+    def list(self) -> Sequence[Path]:
         """Sealed checkpoints, oldest first, unverified."""
         folders = self.root.iterdir() if self.root.is_dir() else ()
-        steps = {folder: _step(folder.name) for folder in folders if folder.is_dir()}
-        return sorted((folder for folder, step in steps.items() if step is not None), key=lambda folder: steps[folder])
+        steps = [(step, folder) for folder in folders if (step := _step(folder.name)) is not None]
+        return [folder for _, folder in sorted(steps)]
 
-    def discard_partials(self) -> list[Path]:
+    def discard_partials(self) -> Sequence[Path]:
         """Remove what an interrupted save or deletion left; to be called when a run starts. Returns what it removed."""
         removed = []
         for folder in sorted(self.root.iterdir()) if self.root.is_dir() else ():
@@ -245,10 +246,9 @@ def full_disk_named(folder: Path, needed_bytes: int | None = None) -> Iterator[N
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, ClusterError):
-            raise
-        # torch's zip writer and safetensors raise a RuntimeError or an exception of their own, without an errno
+    except ClusterError:
+        raise
+    except Exception as error:  # safetensors has an exception of its own, torch's zip writer says nothing of the disk
         told = "No space left on device" in str(error)
         silent = isinstance(error, RuntimeError) and _free(folder) < ALMOST_NOTHING
         if getattr(error, "errno", None) in FULL or told or silent:
@@ -285,6 +285,7 @@ def _relative(name: str) -> str:
 def _render(step: int, metadata: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
     """The manifest's text. It carries its own checksum, so that a changed step or metadata is found too."""
     body = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
+    body = json.loads(json.dumps(body))  # as it will be read: keys that are numbers become text and sort differently
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "manifest_sha256": digest}, indent=1, sort_keys=True) + "\n"
 
@@ -322,13 +323,15 @@ def _entry(path: Path) -> dict[str, Any]:
 
 def _check_size(folder: Path, name: str, expected: int) -> None:
     try:
-        found = (folder / name).stat().st_size
+        found = (folder / name).stat()
     except FileNotFoundError as error:
         raise CheckpointDamaged(folder, name, "is missing") from error
     except OSError as error:
         raise CheckpointDamaged(folder, name, f"cannot be read ({error})") from error
-    if found != expected:
-        raise CheckpointDamaged(folder, name, f"has {found} bytes instead of {expected}")
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointDamaged(folder, name, "is not a file")
+    if found.st_size != expected:
+        raise CheckpointDamaged(folder, name, f"has {found.st_size} bytes instead of {expected}")
 
 
 def _check_sum(folder: Path, name: str, expected: str) -> None:
@@ -343,10 +346,10 @@ def _check_sum(folder: Path, name: str, expected: str) -> None:
 
 def _state(folder: Path, files: Iterable[str]) -> object:
     try:
-        stats = [(name, (folder / name).stat()) for name in sorted([*files, MANIFEST])]
+        found = [(name, (folder / name).stat()) for name in sorted([*files, MANIFEST])]
     except OSError:
         return None  # equal to no state of a good checkpoint
-    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
+    return [(name, of.st_size, of.st_mtime_ns, of.st_ino) for name, of in found]
 
 
 def _write_synced(path: Path, text: str) -> None:

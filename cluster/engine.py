@@ -240,9 +240,7 @@ class Engine:
         return torch.cat(parts, dim=0)
 
 
-def _read_universal(
-    saved: dict[tuple[str, str | None], Path], canonical: str, part: str | None, key: str
-) -> Tensor:
+def _read_universal(saved: dict[tuple[str, str | None], Path], canonical: str, part: str | None, key: str) -> Tensor:
     """A whole tensor by the model's own name, from files in either naming."""
 
     def read(path: Path) -> Tensor:

@@ -19,7 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from cluster.checkpoints import CheckpointStore
+from cluster.checkpoints import CheckpointStore, full_disk_named
 from cluster.engine import Engine, EngineSettings, check_topology_change, to_universal, topology
 
 
@@ -75,11 +75,12 @@ def save(
     shared: list[Any] = [store.begin(step) if rank == 0 else None]
     dist.broadcast_object_list(shared, src=0)
     partial = Path(shared[0])
-    engine.save(partial / "engine")
-    torch.save(_generators(), partial / f"random-{rank}.pt")
-    tensors = {name: tensor for name, tensor in engine.named_full_tensors() if rank == 0}
-    if rank == 0:
-        write_model(partial / "model", tensors, engine.module.config, tokenizer)
+    with full_disk_named(store.root):
+        engine.save(partial / "engine")
+        torch.save(_generators(), partial / f"random-{rank}.pt")
+        tensors = {name: tensor for name, tensor in engine.named_full_tensors() if rank == 0}
+        if rank == 0:
+            write_model(partial / "model", tensors, engine.module.config, tokenizer)
     dist.barrier()
     files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
     entries: list[Any] = [None] * world

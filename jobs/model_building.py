@@ -23,5 +23,5 @@ def build_model(recipe: Recipe) -> MMaDAForCausalLM:
     attention = recipe.model.overrides().get("attn_implementation", "sdpa")
     model = MMaDAForCausalLM._from_config(model_config(recipe), attn_implementation=attention, dtype=torch.float32)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model

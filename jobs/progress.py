@@ -6,11 +6,11 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.train
 import torch
 import torch.distributed as dist
 
@@ -20,12 +20,12 @@ from cluster.launch import REPORT_INTERVAL_S
 class Progress:
     """Gathers each step's metrics on rank 0 and reports them together, every few seconds.
 
-    ``ray.train.report`` is a meeting of all workers; whether it is time is rank 0's decision, shared with the others
+    ``report`` (``ray.train.report``) is a meeting of all workers; whether it is time is rank 0's decision, shared with the others
     in a reduction of one number.
     """
 
-    def __init__(self, rank: int, world: int, run_dir: Path) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int, world: int, run_dir: Path, report: Callable[[dict[str, Any]], None]) -> None:
+        self.rank, self.world, self._send = rank, world, report
         self._history: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self._rows_log = None
@@ -62,7 +62,7 @@ class Progress:
         return bool(due.item())
 
     def _report(self, message: dict[str, Any]) -> None:
-        ray.train.report(message)
+        self._send(message)
         self._last = time.monotonic()
 
     def _identify(self, path: Path) -> None:

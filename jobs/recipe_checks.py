@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from inspect import get_annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from jobs import recipe_yaml
-from jobs.recipe import RESOLVED_RECIPE, Recipe, RecipeError
+from jobs.recipe import RESOLVED_RECIPE, WANTED, Recipe, RecipeError
 from jobs.wording import listed, shown, suggestion
 
 if TYPE_CHECKING:
@@ -134,25 +138,40 @@ def checked_config(recipe: Recipe) -> MMaDAConfig:
         raise RecipeError(f"model.preset={shown(preset)} is not a known size; {suggestion(preset, PRESETS)}")
     from mmada.config import MMaDAConfig
 
-    known = MMaDAConfig.architecture_fields()
+    known, types = MMaDAConfig.architecture_fields(), get_annotations(MMaDAConfig, eval_str=True)
     for name, value in overrides.items():
         if name not in known:
             remedy = suggestion(name, sorted(known), "model.")
             raise RecipeError(f"model.{name}={shown(value)} is not a field of the model; {remedy}")
+        if name in types:
+            check_type(name, value, types[name])
     try:
         return build_config(preset, **overrides)
-    except ValueError as error:
-        raise RecipeError(model_mistake(str(error), overrides)) from error
+    except (ValueError, KeyError) as error:  # KeyError: transformers' check of rope_parameters
+        raise RecipeError(model_mistake(str(error.args[0]), recipe.model.model_extra or {}, known)) from error
 
 
-def model_mistake(reason: str, overrides: dict[str, Any]) -> str:
-    """The model config's own finding as a line about ``model.<field>``."""
+def check_type(name: str, value: Any, annotation: Any) -> None:
+    """``value`` is what the model config declares for the field, without conversion (a whole number is a float too)."""
+    try:
+        TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        words = str(annotation).replace("typing.", "").removesuffix(" | None")
+        wanted = WANTED.get(error.errors()[0]["type"], words)
+        raise RecipeError(f"model.{name}={shown(value)} is not {wanted}; write {wanted}") from error
+
+
+def model_mistake(reason: str, overrides: dict[str, Any], known: set[str]) -> str:
+    """The model config's own finding as a line about ``model.<field>``, with what the recipe sets.
+
+    ``overrides`` are the fields that the recipe sets, ``known`` all there are.
+    """
     reason = " ".join(reason.split())
-    for name, value in overrides.items():
-        if reason.startswith(f"Field '{name}' expected"):
-            wanted = reason.removeprefix(f"Field '{name}' expected ").partition(", got")[0]
-            return f"model.{name}={shown(value)} has the wrong type; write a value of type {wanted}"
-    return reason if reason.startswith("model.") else f"model.{reason}"
+    field = re.split(r"[= ]", reason, maxsplit=1)[0]
+    sets = ", ".join(f"model.{name}={shown(value)}" for name, value in overrides.items())
+    if field not in known:
+        return f"{sets or 'model'} cannot be built: {reason}; use other values or leave them out"
+    return f"model.{reason}" + (f" (this recipe sets {sets})" if sets and field not in overrides else "")
 
 
 def check_lengths(recipe: Recipe, config: MMaDAConfig) -> None:

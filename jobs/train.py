@@ -19,7 +19,6 @@ from cluster.tracking import Tracker
 from jobs.console import RunLine
 from jobs.model_building import model_config
 from jobs.recipe import Recipe, RecipeError
-from jobs.worker import train_worker
 from mmada.data import PreparedText, TextSource, load_tokenizer, prepare
 from mmada.errors import DataError
 from mmada.plots.learning_curve import learning_curve
@@ -75,6 +74,13 @@ def run(recipe: Recipe) -> int:
         if is_new:
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What runs in every worker. Imported there: the driver never loads DeepSpeed, which talks when it is loaded."""
+    from jobs.worker import train_worker
+
+    train_worker(config)
 
 
 def text_source(recipe: Recipe) -> TextSource:
@@ -139,7 +145,7 @@ class TrainingRun:
             resources["GPU"] = cluster.gpus_per_worker
         try:
             run_workers(
-                train_worker,
+                _work,
                 {
                     "recipe": self.recipe.model_dump(),
                     "run_dir": str(self.run_dir),

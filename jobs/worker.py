@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     run_dir = Path(config["run_dir"])
     _write_output_to(run_dir / "logs" / f"worker-{context.get_world_rank()}.log")
-    TrainingWorker(Recipe.model_validate(config["recipe"]), run_dir, Path(config["prepared"])).run()
+    recipe, prepared = Recipe.model_validate(config["recipe"]), Path(config["prepared"])
+    TrainingWorker(recipe, run_dir, prepared, ray.train.torch.get_device(), ray.train.report).run()
 
 
 def _write_output_to(log: Path) -> None:
@@ -69,23 +71,33 @@ def engine_settings(recipe: Recipe, expert_layout: dict[str, Any]) -> EngineSett
 
 
 class TrainingWorker:
-    """One rank of a training run. Every method is called by all ranks together."""
+    """One rank of a training run. Every method is called by all ranks together.
 
-    def __init__(self, recipe: Recipe, run_dir: Path, prepared: Path) -> None:
+    torch.distributed is initialised; ``report`` takes what this rank has to say, all ranks at the same time.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        prepared: Path,
+        device: torch.device,
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
         self.recipe, self.run_dir = recipe, run_dir
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if recipe.cluster.threads_per_worker:
             torch.set_num_threads(recipe.cluster.threads_per_worker)
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // recipe.cluster.workers))
-        self.device = ray.train.torch.get_device()
+        self.device = device
         self.data = open_prepared(prepared)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         self.rows = self.data.train.rows(recipe.train.sequence_length)
         self.model = build_model(recipe).to(self.device)
         self.settings = engine_settings(recipe, self.model.expert_parallel_layout())
         self.store = CheckpointStore(run_dir / "checkpoints", keep=recipe.train.keep_checkpoints)
-        self.progress = Progress(self.rank, self.world, run_dir)
+        self.progress = Progress(self.rank, self.world, run_dir, report)
 
         resume = self._agree_on_resume()
         self.engine = Engine(self.model, self.settings)

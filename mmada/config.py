@@ -10,6 +10,9 @@ from transformers import PreTrainedConfig
 
 
 
+_NUMBERS = {"int": (int, "a whole number"), "float": ((int, float), "a number")}
+
+
 @strict
 class MMaDAConfig(PreTrainedConfig):
     """Architecture of an MMaDA model.
@@ -70,6 +73,10 @@ class MMaDAConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse what cannot be built, naming field, value and remedy."""
+        for field in fields(self):  # the base class compares before it checks types
+            value, wanted = getattr(self, field.name), _NUMBERS.get(str(field.type))
+            if wanted and (isinstance(value, bool) or not isinstance(value, wanted[0])):
+                raise ValueError(f"{field.name}={value!r} has the wrong type; use {wanted[1]}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                      "head_dim", "intermediate_size", "moe_intermediate_size", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:

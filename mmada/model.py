@@ -100,16 +100,17 @@ class MMaDAModel(MMaDAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        filled_cache = past_key_values  # a new one has nothing to mask, and packed rows are only seen without one
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = filled_cache.get_seq_length() if filled_cache is not None else 0
             position_ids = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=filled_cache,
             position_ids=position_ids,
         )
         rotary = rotary_cos_sin(self.config, position_ids, hidden.dtype)

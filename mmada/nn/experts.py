@@ -14,16 +14,17 @@ activation, and the outputs before they are weighted); gathered inputs and activ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mmada.nn.buffers import empty_rows, empty_weights
+from mmada.nn.buffers import empty
 
 # Values of the gate and up projections held by one wave. 2 MiB in float32, about one core's second-level cache:
 # of 2^17 .. 2^21 and no waves at all, 2^19 was the fastest or within 2 % of it at each shape of `mmada bench moe`.
@@ -90,23 +91,18 @@ def expert_ffn(
     Raises:
         ValueError: an index is not that of an expert.
     """
-    with _plain_precision(hidden_TD) as dtype:
+    with _compute_dtype(hidden_TD) as dtype:
         hidden_TD, weights_TK = hidden_TD.to(dtype), top_k_weights_TK.to(dtype)
+        w_down, w_in = down_proj.to(dtype), gate_up_proj.to(dtype)
         route = _route(top_k_index_TK, down_proj.shape[0])
-        if _has_grouped_mm(hidden_TD, down_proj):
+        if _has_grouped_mm(hidden_TD, w_down):
             rows_ND = _GatherRows.apply(hidden_TD, route.token_N, route.position_TK)
-            result_ND = _grouped_swiglu(rows_ND, route.ends_E, down_proj.to(dtype), gate_up_proj.to(dtype))
-            result_ND = _GatherRows.apply(result_ND, route.position_TK.flatten(), route.order_N[:, None])
-            return (result_ND.unflatten(0, weights_TK.shape) * weights_TK[..., None]).sum(dim=1)
-        segments = _Segments.of_ends(route.ends_E, gate_up_proj.shape[1])
-        if segments.num_rows != route.order_N.numel() or (top_k_index_TK.numel() and int(top_k_index_TK.min()) < 0):
-            raise ValueError(
-                f"top_k_index holds {int(top_k_index_TK.min())} .. {int(top_k_index_TK.max())}, "
-                f"but the experts are 0 .. {down_proj.shape[0] - 1}"
-            )
-        projections = down_proj.to(dtype), gate_up_proj.to(dtype)
-        keep = _will_differentiate(hidden_TD, weights_TK, *projections)
-        return _SegmentedSwiGLU.apply(segments, keep, hidden_TD, weights_TK, *route.tensors(), *projections)
+            rows_ND = _grouped_swiglu(rows_ND, route.ends_E, w_down, w_in)
+            rows_ND = _GatherRows.apply(rows_ND, route.position_TK.flatten(), route.order_N[:, None])
+            return (rows_ND.unflatten(0, weights_TK.shape) * weights_TK[..., None]).sum(dim=1)
+        waves = _waves(route.ends_E.tolist(), w_in.shape[1])
+        saves = _will_differentiate(hidden_TD, weights_TK, w_down, w_in)
+        return _WaveSwiGLU.apply(waves, saves, hidden_TD, weights_TK, route, w_down, w_in)
 
 
 def expert_ffn_sorted_reference(
@@ -138,17 +134,252 @@ def expert_ffn_sorted(hidden_ND: Tensor, counts_E: Tensor, w_gate: Tensor, w_up:
     Raises:
         ValueError: the counts add up to more than N.
     """
-    with _plain_precision(hidden_ND) as dtype:
+    with _compute_dtype(hidden_ND) as dtype:
         hidden_ND = hidden_ND.to(dtype)
-        projections = w_down.to(dtype), w_gate.to(dtype), w_up.to(dtype)
+        weights = w_down.to(dtype), w_gate.to(dtype), w_up.to(dtype)
         ends_E = counts_E.cumsum(0)
         if _has_grouped_mm(hidden_ND, w_down):
             padding_N = torch.arange(hidden_ND.shape[0], device=hidden_ND.device) >= ends_E[-1]
             # Masked on both sides: grouped_mm leaves these rows of its output, and of its gradient, as it finds them.
             rows_ND = hidden_ND.masked_fill(padding_N[:, None], 0)
-            return _grouped_swiglu(rows_ND, ends_E, *projections).masked_fill(padding_N[:, None], 0)
-        segments = _Segments.of_ends(ends_E, w_gate.shape[1] + w_up.shape[1])
-        if segments.num_rows > hidden_ND.shape[0]:
-            raise ValueError(f"counts add up to {segments.num_rows}, but there are {hidden_ND.shape[0]} tokens")
-        keep = _will_differentiate(hidden_ND, *projections)
-        return _SegmentedSwiGLU.apply(segments, keep, hidden_ND, None, None, None, None, *projections)
+            return _grouped_swiglu(rows_ND, ends_E, *weights).masked_fill(padding_N[:, None], 0)
+        ends = ends_E.tolist()
+        if ends[-1] > hidden_ND.shape[0]:
+            raise ValueError(f"counts_E adds up to {ends[-1]}, but there are {hidden_ND.shape[0]} tokens")
+        waves = _waves(ends, 2 * w_gate.shape[1])
+        saves = _will_differentiate(hidden_ND, *weights)
+        return _WaveSwiGLU.apply(waves, saves, hidden_ND, None, None, *weights)
+
+
+class _Route(NamedTuple):
+    """Where the routed tokens lie when they are ordered by expert; ties keep the order of the tokens."""
+
+    order_N: Tensor  # row of the ordered tokens -> place in (T, K), flattened
+    token_N: Tensor  # row of the ordered tokens -> token
+    position_TK: Tensor  # the inverse of order_N
+    ends_E: Tensor  # the row after each expert's last
+
+
+def _route(index_TK: Tensor, num_experts: int) -> _Route:
+    expert_N, order_N = index_TK.flatten().sort(stable=True)
+    if not index_TK.is_cuda and index_TK.numel():  # on CUDA the question would stall the queue
+        lowest, highest = expert_N[0].item(), expert_N[-1].item()
+        if lowest < 0 or highest >= num_experts:
+            raise ValueError(f"top_k_index holds {lowest} .. {highest}, but the experts are 0 .. {num_experts - 1}")
+    places_N = torch.arange(order_N.numel(), device=order_N.device)
+    experts_E = torch.arange(num_experts, device=order_N.device, dtype=expert_N.dtype)
+    return _Route(
+        order_N=order_N,
+        token_N=order_N // index_TK.shape[1],
+        position_TK=torch.empty_like(order_N).scatter_(0, order_N, places_N).view_as(index_TK),
+        ends_E=torch.searchsorted(expert_N, experts_E, right=True),
+    )
+
+
+@dataclass(frozen=True)
+class _Wave:
+    """Neighbouring experts that are computed together."""
+
+    experts: slice
+    rows: slice
+    counts: list[int]  # rows of each of these experts
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+def _waves(ends: Sequence[int], inner_width: int) -> list[_Wave]:
+    """Cut the experts into waves of at most ``WAVE_NUMEL`` inner values, or of one expert with more than that."""
+    most_rows = max(1, WAVE_NUMEL // inner_width)
+    counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    waves, first, start = [], 0, 0
+    for expert, end in enumerate(ends):
+        if expert + 1 == len(ends) or ends[expert + 1] - start > most_rows:
+            waves.append(_Wave(slice(first, expert + 1), slice(start, end), counts[first : expert + 1]))
+            first, start = expert + 1, end
+    return waves
+
+
+class _WaveSwiGLU(torch.autograd.Function):
+    """The loop over waves and experts, and its gradient.
+
+    With a route the tokens are gathered wave by wave, and the results weighted and summed by ``embedding_bag`` (one
+    pass, sums in a fixed order); without one they lie in order already. ``inward`` is the fused gate and up
+    projection, or the two apart; what they give lies side by side in either case.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        waves: list[_Wave],
+        saves: bool,
+        hidden: Tensor,
+        weights_TK: Tensor | None,
+        route: _Route | None,
+        w_down: Tensor,
+        *inward: Tensor,
+    ) -> Tensor:
+        num_rows = hidden.shape[0] if route is None else route.order_N.numel()
+        most_rows = max(wave.num_rows for wave in waves)
+        _, width_D, width_F = w_down.shape
+        x_WD = empty(hidden, most_rows, width_D)
+        act_WF = empty(hidden, most_rows, width_F)
+        inner_N2F = empty(hidden, num_rows if saves else most_rows, 2 * width_F)
+        result_ND = empty(hidden, num_rows, width_D)
+        for wave in waves:
+            x = _rows_of(hidden, wave, route, out=x_WD)
+            inner = inner_N2F[wave.rows if saves else slice(wave.num_rows)]
+            for w_in, columns in _side_by_side(inward):
+                _mm_each(x.split(wave.counts), w_in.mT[wave.experts], inner[:, columns].split(wave.counts))
+            gate, up = inner.chunk(2, dim=1)
+            act = torch.ops.aten.silu.out(gate, out=act_WF[: wave.num_rows]).mul_(up)
+            _mm_each(act.split(wave.counts), w_down.mT[wave.experts], result_ND[wave.rows].split(wave.counts))
+        if saves:
+            ctx.waves, ctx.num_inward = waves, len(inward)
+            routing = () if route is None else (result_ND, weights_TK, *route)
+            ctx.save_for_backward(hidden, inner_N2F, w_down, *inward, *routing)
+        if route is None:
+            result_ND[waves[-1].rows.stop :].zero_()  # padding
+            return result_ND
+        return F.embedding_bag(route.position_TK, result_ND, per_sample_weights=weights_TK, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, inner_N2F, w_down, *others = ctx.saved_tensors
+        inward, routing = others[: ctx.num_inward], others[ctx.num_inward :]
+        result_ND, weights_TK, route = (*routing[:2], _Route(*routing[2:])) if routing else (None, None, None)
+        _, _, needs_hidden, needs_weights, _, needs_down, *needs_inward = ctx.needs_input_grad
+
+        num_rows, most_rows = inner_N2F.shape[0], max(wave.num_rows for wave in ctx.waves)
+        _, width_D, width_F = w_down.shape
+        x_WD, grad_WD = empty(hidden, most_rows, width_D), empty(hidden, most_rows, width_D)
+        act_WF, grad_act_WF = empty(hidden, most_rows, width_F), empty(hidden, most_rows, width_F)
+        grad_inner_W2F = empty(hidden, most_rows, 2 * width_F)
+        grad_ND = empty(hidden, num_rows, width_D) if needs_hidden else None
+        grad_down = empty(w_down, *w_down.shape) if needs_down else None
+        grad_inward = [empty(w, *w.shape) if n else None for w, n in zip(inward, needs_inward, strict=True)]
+        if route is not None:
+            weight_N1 = weights_TK.flatten()[route.order_N][:, None]
+            grad_weight_N = hidden.new_empty(num_rows)
+
+        for wave in ctx.waves:
+            rows, experts, counts = wave.rows, wave.experts, wave.counts
+            grad_out = _rows_of(grad, wave, route, out=grad_WD)
+            if route is not None:
+                if needs_weights:
+                    product = torch.mul(grad_out, result_ND[rows], out=x_WD[: wave.num_rows])
+                    torch.sum(product, dim=1, out=grad_weight_N[rows])
+                grad_out.mul_(weight_N1[rows])
+            act, grad_act = act_WF[: wave.num_rows], grad_act_WF[: wave.num_rows]
+            grad_inner = grad_inner_W2F[: wave.num_rows]
+            _mm_each(grad_out.split(counts), w_down[experts], grad_act.split(counts))
+            _swiglu_backward(inner_N2F[rows], act, grad_act, grad_inner)
+            if grad_down is not None:
+                _mm_each(grad_out.t().split(counts, dim=1), act.split(counts), grad_down[experts])
+            x = _rows_of(hidden, wave, route, out=x_WD) if any(needs_inward) else None
+            for index, (w_in, columns) in enumerate(_side_by_side(inward)):
+                grad_projected = grad_inner[:, columns]
+                if needs_inward[index]:
+                    _mm_each(grad_projected.t().split(counts, dim=1), x.split(counts), grad_inward[index][experts])
+                if needs_hidden:
+                    _mm_each(grad_projected.split(counts), w_in[experts], grad_ND[rows].split(counts), add=index > 0)
+
+        if route is None:
+            if needs_hidden:
+                grad_ND[ctx.waves[-1].rows.stop :].zero_()
+            return None, None, grad_ND, None, None, grad_down, *grad_inward
+        grad_hidden = F.embedding_bag(route.position_TK, grad_ND, mode="sum") if needs_hidden else None
+        grad_weights = grad_weight_N[route.position_TK] if needs_weights else None
+        return None, None, grad_hidden, grad_weights, None, grad_down, *grad_inward
+
+
+def _rows_of(source: Tensor, wave: _Wave, route: _Route | None, *, out: Tensor) -> Tensor:
+    """The wave's rows of ``source``: gathered into ``out`` along a route, else a view."""
+    if route is None:
+        return source[wave.rows]
+    return torch.index_select(source, 0, route.token_N[wave.rows], out=out[: wave.num_rows])
+
+
+def _side_by_side(inward: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
+    """Each projection with the columns that its results take."""
+    start = 0
+    for weight in inward:
+        yield weight, slice(start, start + weight.shape[1])
+        start += weight.shape[1]
+
+
+def _mm_each(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tensor], *, add: bool = False) -> None:
+    """One matrix product for each expert, written (or added) to where it belongs; one over no rows writes zeros."""
+    for a, b, result in zip(left, right, out, strict=True):
+        if add:
+            result.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=result)
+
+
+def _swiglu_backward(inner_W2F: Tensor, act_WF: Tensor, grad_act_WF: Tensor, grad_inner_W2F: Tensor) -> None:
+    """From the gradient of the activation: fill in the activation itself and the gradient of what went into it.
+
+    ``grad_act_WF`` is used up.
+    """
+    gate, up = inner_W2F.chunk(2, dim=1)
+    grad_gate, grad_up = grad_inner_W2F.chunk(2, dim=1)
+    silu = torch.ops.aten.silu.out(gate, out=act_WF)
+    torch.mul(grad_act_WF, silu, out=grad_up)
+    act_WF.mul_(up)
+    grad_act_WF.mul_(up)
+    torch.ops.aten.silu_backward.grad_input(grad_act_WF, gate, grad_input=grad_gate)
+
+
+class _GatherRows(torch.autograd.Function):
+    """``rows[index_N]`` whose gradient is a gather and a sum, in fixed order, instead of a scatter.
+
+    ``back_TK`` holds, for each of the T rows, the K places in ``index_N`` that read it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index_N: Tensor, back_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(back_TK)
+        return rows.index_select(0, index_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (back_TK,) = ctx.saved_tensors
+        return grad.index_select(0, back_TK.flatten()).unflatten(0, back_TK.shape).sum(dim=1), None, None
+
+
+def _grouped_swiglu(rows_ND: Tensor, ends_E: Tensor, w_down: Tensor, *inward: Tensor) -> Tensor:
+    """The experts on tokens in order, by PyTorch's grouped matrix product: three (or four) kernels in all."""
+    ends_E = ends_E.to(torch.int32)
+    inner = [F.grouped_mm(rows_ND, weight.mT, offs=ends_E) for weight in inward]
+    gate, up = inner[0].chunk(2, dim=-1) if len(inner) == 1 else inner
+    return F.grouped_mm(F.silu(gate) * up, w_down.mT, offs=ends_E)
+
+
+def _has_grouped_mm(hidden: Tensor, w_down: Tensor) -> bool:
+    """Whether ``grouped_mm`` has a kernel for these: CUDA from SM80 on, no float64, rows of a multiple of 16 bytes."""
+    return (
+        hidden.is_cuda
+        and hidden.dtype != torch.float64
+        and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+        and all(width * hidden.element_size() % 16 == 0 for width in w_down.shape[1:])
+    )
+
+
+def _will_differentiate(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+@contextmanager
+def _compute_dtype(hidden: Tensor) -> Iterator[torch.dtype]:
+    """The dtype to compute in, and autocast off while we do: the casts are made by hand, once."""
+    device = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        yield hidden.dtype
+        return
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        yield dtype

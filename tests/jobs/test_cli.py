@@ -63,7 +63,10 @@ WRONG_RECIPES = [
     (["run.name=7"], ["run.name=7", "quote it"]),
     (["train=5"], ["override=train=5", "write section.key=5"]),
     (["cluster.workers=[2]"], ["cluster.workers=[2]", "write a whole number"]),
-    (["model.num_experts=four"], ["model.num_experts='four'", "write a value of type int"]),
+    (["model.num_experts=four"], ["model.num_experts='four'", "write a whole number"]),
+    (["model.router_noise=1"], ["model.router_noise=1", "write true or false"]),
+    (["model.rope_parameters=5"], ["model.rope_parameters=5", "write "]),
+    (["model.rope_parameters={rope_type: linear}"], ["model.rope_parameters=", "'factor'", "use other values"]),
     # ranges
     (["train.steps=-5"], ["train.steps=-5", "use at least 1"]),
     (["train.zero_stage=4"], ["train.zero_stage=4", "use 0 to 3"]),
@@ -74,7 +77,7 @@ WRONG_RECIPES = [
     (["cluster.gpus_per_worker=2"], ["cluster.gpus_per_worker=2", "use 0 to 1"]),
     (["run.seed=-1"], ["run.seed=-1", "use at least 0 and less than"]),
     (["train.beta2=1.0"], ["train.beta2=1.0", "use at least 0 and less than 1"]),
-    (["train.precision=fp8"], ["train.precision='fp8'", "did you mean fp32?"]),
+    (["train.precision=fp8"], ["train.precision='fp8'", "use fp32 or bf16"]),
     (["model.attn_implementation=flash"], ["model.attn_implementation='flash'", "use sdpa or eager"]),
     (["run.name=a/b"], ["run.name='a/b'", "use letters, digits"]),
     (["run.name=.."], ["run.name='..'", "use letters, digits"]),
@@ -86,8 +89,14 @@ WRONG_RECIPES = [
     (["train.global_batch=8", "train.micro_batch=3"], ["train.micro_batch=3", "use 1, 2, 4 or 8"]),
     (["train.warmup_steps=10"], ["train.warmup_steps=10", "train.steps=10", "use at most 9"]),
     (["train.sequence_length=2000"], ["train.sequence_length=2000", "use at most 1024"]),
-    (["train.offload_optimizer=true", "train.zero_stage=0"], ["train.offload_optimizer=true", "use train.zero_stage=1"]),
-    (["cluster.workers=3", "train.global_batch=3", "cluster.expert_parallel=2"], ["cluster.expert_parallel=2", "use 1 or 3"]),
+    (
+        ["train.offload_optimizer=true", "train.zero_stage=0"],
+        ["train.offload_optimizer=true", "train.zero_stage=0", "use train.zero_stage=1, 2 or 3"],
+    ),
+    (
+        ["cluster.workers=3", "cluster.expert_parallel=2", "train.global_batch=3"],
+        ["cluster.expert_parallel=2", "cluster.workers=3", "use 1 or 3"],
+    ),
     (
         ["cluster.workers=4", "cluster.expert_parallel=4", "model.num_experts=6"],
         ["model.num_experts=6", "cluster.expert_parallel=1 or 2", "model.num_experts=4, 8, 12"],
@@ -105,7 +114,10 @@ WRONG_RECIPES = [
     (["model.hidden_size=-64", "model.head_dim=16"], ["model.hidden_size=-64", "use 1 or more"]),
     (["model.vocab_size=100"], ["model.vocab_size=100", "264 tokens", "use model.vocab_size=264 or more"]),
     (["model.mlp_layer_types=[dense]"], ["model.mlp_layer_types", "1 entries", "give one per layer"]),
-    (["cluster.gpus_per_worker=1", "cluster.workers=32"], ["cluster.gpus_per_worker=1", "cluster.workers=32", "use cluster.gpus"]),
+    (
+        ["cluster.gpus_per_worker=1", "cluster.workers=32"],
+        ["cluster.gpus_per_worker=1", "cluster.workers=32", "use cluster.gpus_per_worker=0"],
+    ),
     # data
     (["data.source=files"], ["data.path=null", "data.source=files", "set it to"]),
     (["data.source=files", "data.path=/no/such/file.txt"], ["data.path=/no/such/file.txt", "give a text"]),
@@ -223,7 +235,7 @@ def test_data_without_text_is_refused_before_a_run_folder_is_made(
     ("arguments", "words"),
     [
         (["train", "debug", "train.zero_stage=4"], ["train.zero_stage=4", "use 0 to 3"]),
-        (["plan", "debug", "model.hidden_size=30"], ["model.", "=30", "use"]),
+        (["plan", "debug", "model.hidden_size=30"], ["model.head_dim=7", "use an even one", "model.hidden_size=30"]),
         (["paln", "debug"], ["verb=paln", "did you mean plan?"]),
         (["train", "debug", "cluster.address=127.0.0.1:9"], ["cluster.address=127.0.0.1:9", "does not answer"]),
         (["train", "debug", "tracking.uri=http://127.0.0.1:9"], ["tracking.uri=http://127.0.0.1:9"]),

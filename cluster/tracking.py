@@ -1,0 +1,446 @@
+"""Recording runs in MLflow, from the driver alone, without ever holding up training."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.errors import ClusterError
+
+# MLflow's own limits (mlflow.utils.validation)
+METRICS_PER_BATCH = 1000
+PARAMS_PER_BATCH = 100
+PARAM_LENGTH = 6000
+
+FLUSH_SECONDS = 1.0  # metrics of this long go up together
+LONGEST_PAUSE = 30.0  # between two tries at a server that does not take them
+PREFLIGHT_SECONDS = 10.0
+REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "NOT_FOUND"}
+STATUS = {"done": "FINISHED", "failed": "FAILED"}
+
+# Only where the user has not said otherwise. MLflow's default is to try a request for minutes; here a thread of our
+# own tries again, so that the end of a run can be bounded.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+}
+
+
+class Tracker:
+    """One MLflow run.
+
+    `start` and the constructor speak to the server and raise; after that everything is put in a queue that a thread
+    writes, so a slow or dead server costs the caller nothing, and `finish` says what could not be written.
+
+    Args:
+        uri: "http://host:port", "sqlite:///file.db", or None for `mlflow.db` beside the run's folder.
+        experiment: MLflow experiment, created when missing. With SQLite its artifacts lie in `mlartifacts` beside
+            the database.
+        run_dir: folder of the run.
+        run_name: name of the run in MLflow.
+        run_id: MLflow id of the run to continue, or None for a new one.
+        system_metrics_seconds: interval at which CPU, memory, disk, network and GPU use of the driver are sampled.
+
+    Raises:
+        ClusterError: `uri` is malformed, or does not answer within ten seconds.
+    """
+
+    def __init__(
+        self,
+        uri: str | None,
+        experiment: str,
+        run_dir: Path,
+        run_name: str,
+        run_id: str | None = None,
+        system_metrics_seconds: float = 10.0,
+    ):
+        self.run_dir = Path(run_dir).absolute()
+        self.uri = uri or f"sqlite:///{self.run_dir.parent / 'mlflow.db'}"
+        self.experiment = experiment
+        self.run_name = run_name
+        self.run_id = run_id
+        self.system_metrics_seconds = system_metrics_seconds
+        self._writer: _Writer | None = None
+        self._monitor: Any = None
+        self._scratch: Path | None = None
+        check_uri(self.uri)
+
+    def start(self, params: Mapping[str, Any]) -> str:
+        """Create the run, or reopen it; returns its id.
+
+        Args:
+            params: the resolved recipe; nested mappings become names with dots. MLflow never changes a parameter:
+                in a continued run a value that differs is recorded as the tag `resumed.<name>`.
+
+        Raises:
+            ClusterError: the server refuses, or has no run of this id.
+        """
+        from mlflow.entities import Param
+
+        client = _client(self.uri)
+        with _refusal_named(self.uri):
+            if self.run_id is None:
+                run = client.create_run(self._experiment_id(client), run_name=self.run_name)
+            else:
+                run = self._reopen(client, self.run_id)
+            self.run_id = run.info.run_id
+            flat, recorded = flatten(params), run.data.params
+            new = [Param(name, value) for name, value in flat.items() if name not in recorded]
+            tags = {f"resumed.{name}": value for name, value in flat.items() if recorded.get(name, value) != value}
+            for some in _batches(new, PARAMS_PER_BATCH):
+                client.log_batch(self.run_id, params=some)
+            for some in _batches(_tags({"run.dir": self.run_dir, **tags}), PARAMS_PER_BATCH):
+                client.log_batch(self.run_id, tags=some)
+        self._writer = _Writer(client, self.run_id)
+        self._writer.start()
+        self._monitor = _system_metrics(self.run_id, self.uri, self.system_metrics_seconds, self.log)
+        self._monitor.start()
+        return self.run_id
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics of a step. Returns at once."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        values = [Metric(name, float(value), now, int(step)) for name, value in metrics.items()]
+        self._put(_Item(f"metrics of step {step}", metrics=values))
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Record a Matplotlib figure as the artifact `figures/<name>.png`. It is drawn now and sent later."""
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="mmada-figures-"))
+        path = Path(tempfile.mkdtemp(dir=self._scratch)) / f"{name}.png"
+        figure.savefig(path, format="png", bbox_inches="tight")
+        self._put(_Item(f"figure {name}", lambda client, run: client.log_artifact(run, str(path), "figures")))
+
+    def checkpoint(self, path: Path, step: int, bytes: int) -> None:
+        """Record where the newest checkpoint lies, as the tags `checkpoint.path`, `.step` and `.bytes`."""
+        tags = {"checkpoint.path": path, "checkpoint.step": step, "checkpoint.bytes": bytes}
+        self._put(_Item("checkpoint's location", lambda client, run: client.log_batch(run, tags=_tags(tags))))
+
+    def artifact(self, path: Path) -> None:
+        """Record a file or a folder, as it is when its turn comes."""
+        local = str(path)
+        self._put(_Item(f"artifact {local}", lambda client, run: client.log_artifact(run, local)))
+
+    def finish(self, status: str, timeout_s: float = 30.0) -> list[str]:
+        """Write what is left and close the run.
+
+        Args:
+            status: "done" or "failed".
+            timeout_s: seconds to wait for the server; then the rest is given up.
+
+        Returns:
+            One line for each thing that could not be written; empty when all was, or `start` never came to its end.
+        """
+        end = STATUS[status]
+        if self._writer is None:
+            return []
+        self._monitor.finish()
+        now = int(time.time() * 1000)
+        self._put(_Item(f"the status {end}", lambda client, run: client.set_terminated(run, end, now)))
+        lost = self._writer.close(timeout_s)
+        self._writer = None
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch)
+            self._scratch = None
+        return lost
+
+    def _put(self, item: "_Item") -> None:
+        if self._writer is None:
+            raise ValueError(f"{item.what} was given to a tracker that is not started")
+        self._writer.put(item)
+
+    def _experiment_id(self, client: Any) -> str:
+        from mlflow.exceptions import MlflowException
+
+        location = None
+        if self.uri.startswith("sqlite:"):
+            location = (_sqlite_path(self.uri).parent / "mlartifacts").as_uri()
+        found = client.get_experiment_by_name(self.experiment)
+        if found is None:
+            try:
+                return client.create_experiment(self.experiment, artifact_location=location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = client.get_experiment_by_name(self.experiment)  # another run was faster
+        if found.lifecycle_stage != "active":
+            raise ClusterError(
+                f"tracking.experiment={self.experiment} is deleted in {_shown(self.uri)}; use another name, or restore "
+                f"it with 'mlflow experiments restore -x {found.experiment_id}'"
+            )
+        return found.experiment_id
+
+    def _reopen(self, client: Any, run_id: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in REFUSED:
+                raise
+            raise ClusterError(
+                f"tracking.uri={_shown(self.uri)} has no run {run_id} to continue; give the tracking.uri that the run "
+                "was started with, or start a new run under another run.name"
+            ) from error
+        client.update_run(run_id, status="RUNNING")
+        return run
+
+
+def check_uri(uri: str) -> None:
+    """Find out within ten seconds whether runs can be recorded there.
+
+    Raises:
+        ClusterError: names tracking.uri, what is wrong with it and what to do.
+    """
+    try:
+        parts = urlsplit(uri)
+        web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        web, parts = False, urlsplit("")
+    if web:
+        _check_server(uri, parts.port)
+    elif uri.startswith("sqlite:///") and uri != "sqlite:///":
+        _check_file(uri)
+    else:
+        raise ClusterError(
+            f"tracking.uri={_shown(uri)} is no place that runs can be recorded in; use http://host:port, "
+            "sqlite:///file.db, or leave tracking.uri empty to use a file here"
+        )
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"train": {"steps": 20}} as {"train.steps": "20"}; lists as JSON. Values are cut at MLflow's 6000 characters."""
+    flat: dict[str, str] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            text = json.dumps(value, default=str) if isinstance(value, (list, tuple, Mapping)) else str(value)
+            flat[f"{prefix}{name}"] = text[:PARAM_LENGTH]
+    return flat
+
+
+@dataclass
+class _Item:
+    """Something to be written: metrics, or whatever `send(client, run_id)` does."""
+
+    what: str
+    send: Callable[[Any, str], object] | None = None
+    metrics: list[Any] = field(default_factory=list)
+
+
+class _Writer(threading.Thread):
+    """Writes items in their order, trying again what the server does not take for the moment."""
+
+    def __init__(self, client: Any, run_id: str):
+        super().__init__(name="mlflow-writer", daemon=True)
+        self._client = client
+        self._run_id = run_id
+        self._items: deque[_Item] = deque()  # what is being written stays in it until it is
+        self._arrived = threading.Event()
+        self._closing = threading.Event()
+        self._given_up = threading.Event()
+        self._trouble: Exception | None = None
+        self._lost: list[str] = []
+
+    def put(self, item: _Item) -> None:
+        self._items.append(item)
+        self._arrived.set()
+
+    def close(self, timeout_s: float) -> list[str]:
+        """Write the rest, for at most that long; one line for each thing that was not written."""
+        self._closing.set()
+        self._arrived.set()
+        self.join(timeout_s)
+        self._given_up.set()
+        left = list(self._items)
+        reason = f"not written within {timeout_s:g} s" + (f" ({_first_line(self._trouble)})" if self._trouble else "")
+        steps = [metric.step for item in left for metric in item.metrics]
+        told = [f"{len(steps)} metrics of steps {min(steps)} to {max(steps)}: {reason}"] if steps else []
+        return self._lost + told + [f"{item.what}: {reason}" for item in left if not item.metrics]
+
+    def run(self) -> None:
+        while True:
+            self._arrived.wait()
+            self._arrived.clear()
+            while self._items and not self._given_up.is_set():
+                self._write_first()
+            if self._closing.is_set() and (self._given_up.is_set() or not self._items):
+                return
+            self._closing.wait(FLUSH_SECONDS)
+
+    def _write_first(self) -> None:
+        """Write the item in front, or as many metrics in front as one request takes."""
+        group = [self._items[0]]
+        while group[0].metrics and len(group) < len(self._items):
+            following = self._items[len(group)]
+            if not following.metrics or sum(len(i.metrics) for i in group) + len(following.metrics) > METRICS_PER_BATCH:
+                break
+            group.append(following)
+        if self._deliver(group):
+            for _ in group:
+                self._items.popleft()
+
+    def _deliver(self, group: list[_Item]) -> bool:
+        """Whether these need not be tried again: they are written, or refused for good and noted as lost."""
+        pause = 0.5
+        while not self._given_up.is_set():
+            try:
+                self._send(group)
+                self._trouble = None
+                return True
+            except Exception as error:  # whatever the client library raises, a run must not end for it
+                self._trouble = error
+                if isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in REFUSED:
+                    if len(group) == 1:
+                        self._lost.append(f"{group[0].what}: {_first_line(error)}")
+                        return True
+                    return all([self._deliver([item]) for item in group])  # one bad name takes no other step along
+            if self._closing.wait(pause):
+                self._given_up.wait(0.5)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        return False
+
+    def _send(self, group: list[_Item]) -> None:
+        if group[0].send is not None:
+            group[0].send(self._client, self._run_id)
+        for some in _batches([metric for item in group for metric in item.metrics], METRICS_PER_BATCH):
+            self._client.log_batch(self._run_id, metrics=some)
+
+
+def _first_line(error: Exception | None) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _client(uri: str) -> Any:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
+    with _refusal_named(uri):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def _refusal_named(uri: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        remedy = "look at the server's log" if uri.startswith("http") else "try 'mlflow db upgrade' on it"
+        raise ClusterError(
+            f"tracking.uri={_shown(uri)} refuses the run ({_first_line(error)}); {remedy}, or leave tracking.uri empty "
+            "to use a file here"
+        ) from error
+
+
+def _batches(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _tags(tags: Mapping[str, Any]) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(name, str(value)) for name, value in tags.items()]
+
+
+def _system_metrics(run_id: str, uri: str, seconds: float, log: Callable[[int, dict[str, float]], None]) -> Any:
+    """MLflow's own sampler, writing through `log`.
+
+    As it comes it asks the server at every sample, ends for good at the first request that fails, waits for the
+    server when it is stopped, and records nothing of a run shorter than one interval.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    class Monitor(SystemMetricsMonitor):
+        def monitor(self) -> None:
+            ended = False
+            while not ended:
+                self.collect_metrics()
+                ended = self._shutdown_event.wait(self.sampling_interval)
+                self.publish_metrics(self.aggregate_metrics())
+
+        def publish_metrics(self, metrics: dict[str, float]) -> None:
+            log(self._logging_step, {self._metrics_prefix + name: value for name, value in metrics.items()})
+            self._logging_step += 1
+            for monitor in self.monitors:
+                monitor.clear_metrics()
+
+    return Monitor(run_id, sampling_interval=seconds, resume_logging=True, tracking_uri=uri)
+
+
+def _check_server(uri: str, port: int | None) -> None:
+    import requests
+
+    outcome: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            answer = requests.get(f"{uri.rstrip('/')}/health", timeout=PREFLIGHT_SECONDS / 2)
+        except requests.exceptions.SSLError:
+            outcome.append(None)  # it answers; whether its certificate is trusted is for MLflow's own settings
+        except requests.exceptions.RequestException:
+            outcome.append("does not answer")
+        else:
+            # 401 and 403: a proxy that wants the credentials which only MLflow's client knows
+            fine = answer.status_code in (401, 403) or (answer.ok and answer.text.strip() == "OK")
+            outcome.append(None if fine else f"answers, but not as an MLflow server (HTTP {answer.status_code})")
+
+    # In a thread, for neither the search for a host's name nor an answer in drops ends with the timeout of requests.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PREFLIGHT_SECONDS)
+    wrong = outcome[0] if outcome else "does not answer"
+    if wrong:
+        start = f"'mlflow server --port {port}'" if port else "'mlflow server'"
+        raise ClusterError(
+            f"tracking.uri={_shown(uri)} {wrong}; start it with {start} or leave tracking.uri empty to use a file here"
+        )
+
+
+def _check_file(uri: str) -> None:
+    path = ancestor = _sqlite_path(uri)
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    wrong = None
+    if ancestor != path:  # a new file in a new folder, then
+        wrong = None if os.access(ancestor, os.W_OK | os.X_OK) else f"cannot be made in {ancestor}"
+    elif not path.is_file() or not os.access(path, os.W_OK):
+        wrong = "is not a file that can be written"
+    elif _start_of(path) not in (b"", b"SQLite format 3\0"):  # MLflow would try for more than a minute
+        wrong = "is a file of another kind"
+    if wrong:
+        raise ClusterError(
+            f"tracking.uri={uri} {wrong}; name another file, or leave it empty to use one beside run.dir"
+        )
+
+
+def _sqlite_path(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///").split("?")[0]).absolute()
+
+
+def _shown(uri: str) -> str:
+    """The address without a password that it may hold."""
+    before, at, host = uri.rpartition("@")
+    scheme, separator, user = before.partition("://")
+    return f"{scheme}{separator}{user.partition(':')[0]}:…@{host}" if at and ":" in user else uri

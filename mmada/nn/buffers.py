@@ -1,0 +1,69 @@
+"""Memory for big, short-lived CPU tensors."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections import deque
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class BufferPool:
+    """Big CPU buffers whose memory is used again once the last tensor on it is gone.
+
+    The C library gives every block above 32 MiB back to the system and gets it page by page the next time: for the
+    weight gradients that costs more than the smaller matrix products. What is idle here and what is lent out never
+    add up to more than was once lent out at the same time. Other devices have such an allocator of their own.
+    """
+
+    SMALLEST = 1 << 20  # bytes; below this the C library keeps what it frees
+    ALIGNMENT = 64
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[np.ndarray] = []  # the longest unused first
+        self._returned: deque[np.ndarray] = deque()  # filled by finalizers, which must not wait for a lock
+        self._lent = self._most_lent = 0
+
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor with the dtype and the device of ``like``."""
+        num_bytes = math.prod(shape) * like.element_size()
+        if like.device.type != "cpu" or num_bytes < self.SMALLEST:
+            return like.new_empty(shape)
+        block = self._take(num_bytes)
+        lease = block[:num_bytes]  # the tensor's storage holds this view; when it dies the block comes back
+        weakref.finalize(lease, self._returned.append, block).atexit = False
+        return like.new_empty(0).set_(torch.from_numpy(lease).untyped_storage(), 0, shape)
+
+    def _take(self, num_bytes: int) -> np.ndarray:
+        with self._lock:
+            while self._returned:
+                self._idle.append(self._returned.popleft())
+                self._lent -= self._idle[-1].size
+            fitting = [place for place, block in enumerate(self._idle) if num_bytes <= block.size <= 1.25 * num_bytes]
+            if fitting:
+                block = self._idle.pop(min(fitting, key=lambda place: self._idle[place].size))
+            else:
+                block = self._new_block(num_bytes)
+            self._lent += block.size
+            self._most_lent = max(self._most_lent, self._lent)
+            while self._idle and self._lent + sum(idle.size for idle in self._idle) > self._most_lent:
+                self._idle.pop(0)
+            return block
+
+    def _new_block(self, num_bytes: int) -> np.ndarray:
+        memory = np.empty(num_bytes + self.ALIGNMENT, dtype=np.uint8)  # numpy asks for huge pages, PyTorch does not
+        start = -memory.ctypes.data % self.ALIGNMENT
+        return memory[start : start + num_bytes]
+
+
+_pool = BufferPool()
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """``like.new_empty(shape)``, from the pool of this process where that is on the CPU and big."""
+    return _pool.empty(like, *shape)

@@ -1,0 +1,76 @@
+"""Balance loss and z-loss against transformers, and against worked examples."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
+
+from mmada.training.objectives.router import balance_loss, expert_load, router_losses, z_loss
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 100])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_balance_loss_equals_mixtrals_by_value_and_gradient(tokens, top_k):
+    logits = torch.randn(tokens, 6, dtype=torch.float64)
+    results = []
+    for loss_of in (
+        lambda z: balance_loss(z, expert_load(z, top_k).double(), tokens),
+        lambda z: load_balancing_loss_func((z,), num_experts=6, top_k=top_k),
+    ):
+        own = logits.clone().requires_grad_()
+        loss = loss_of(own)
+        loss.backward()
+        results.append((loss.double(), own.grad))
+    # The oracle adds probabilities up in float32.
+    assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-7)
+    assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
+
+
+def test_z_loss_equals_switch_transformers_by_value_and_gradient():
+    logits = torch.randn(1, 50, 6, dtype=torch.float64)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    assert_close(z_loss(ours[0]), router_z_loss_func(theirs), rtol=1e-6, atol=1e-9)
+    z_loss(ours[0]).backward()
+    router_z_loss_func(theirs).backward()
+    assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_golden_values():
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]]).double()
+    load = expert_load(probabilities.log(), 1)
+    assert load.tolist() == [2, 1, 1]
+    assert_close(balance_loss(probabilities.log(), load, 4).item(), 1.05, rtol=0, atol=1e-6)
+    logits = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert_close(z_loss(logits).item(), 3.501758, rtol=0, atol=1e-6)
+
+
+def test_a_balanced_router_costs_k():
+    assert_close(balance_loss(torch.zeros(8, 4), torch.full((4,), 4.0), 8).item(), 2.0)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_the_mean_over_workers_is_the_loss_of_the_joined_batch(scope):
+    """Two workers with half of the rows each, and one with all of them: same loss, same gradient."""
+    layers = [torch.randn(4 * 10, 5, dtype=torch.float64) for _ in range(3)]  # 4 sequences of 10 tokens
+    joined = [z.clone().requires_grad_() for z in layers]
+    whole, _, whole_load = router_losses(joined, 2, [None] * 3, 4, scope, None)
+    whole.backward()
+    halves, gradients = [], []
+    for part in (slice(0, 20), slice(20, 40)):
+        own = [z[part].clone().requires_grad_() for z in layers]
+        loss, _, load = router_losses(own, 2, [None] * 3, 2, scope, lambda counts: whole_load)
+        assert torch.equal(load, whole_load)
+        loss.backward()
+        halves.append(loss)
+        gradients.append([z.grad / 2 for z in own])
+    assert_close(sum(halves) / 2, whole, rtol=1e-9, atol=1e-12)
+    for parts, z in zip(zip(*gradients, strict=True), joined, strict=True):
+        assert_close(torch.cat(parts), z.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_one_layers_crowd_is_not_hidden_by_another():
+    crowd = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
+    loss, _, _ = router_losses([crowd, crowd.flip(-1)], 1, [None, None], 1, "batch", None)
+    assert loss > 1.9  # pooled over the layers, as in Mixtral's code, it would be 1, the value of perfect balance
+    assert load_balancing_loss_func((crowd, crowd.flip(-1)), num_experts=2, top_k=1) == pytest.approx(1.0)
