@@ -20,6 +20,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make or renew the environment in .venv/ and nothing else
+	@echo "the environment in .venv/ is what pyproject.toml and constraints.txt say"
 
 quickstart: $(INSTALLED) ## train a small mixture-of-experts model on real text (NAME=... names the run)
 	@.venv/bin/mmada train jobs/recipes/quickstart.yaml run.name=$(NAME)
@@ -39,8 +40,8 @@ clean: ## remove the environment and every cache; runs/ stays
 $(INSTALLED):
 	@command -v $(PYTHON) > /dev/null || \
 	  { echo "$(PYTHON) is not installed; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$$($(PYTHON) --version) is too old; mmada needs 3.11 or newer: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || \
+	  { echo "$(PYTHON) is older than 3.11 or does not start; name a newer one: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "installing into .venv (about three minutes, once)"
 	@mkdir -p .venv && rm -f .venv/.installed-*
 	@{ $(PYTHON) -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e ".[test,dev]"; } \

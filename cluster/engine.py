@@ -6,6 +6,7 @@ so that nothing here depends on a model family.
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from cluster.errors import ClusterError
 from cluster.expert_names import DOWN, GATE, UP, ExpertNames
 
+# Elements that DeepSpeed gathers before it reduces gradients; its own default of 5e8 takes 2 GB in float32.
+REDUCE_BUCKET_SIZE = 50_000_000
 _TAG = "engine"
 _NO_EXPERTS = {"router_pattern": "gate", "expert_pattern": "experts", "expert_w1": "w1", "expert_w2": "w2"}
 
@@ -44,7 +47,7 @@ class EngineSettings:
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The configuration handed to ``deepspeed.initialize``."""
-        zero: dict[str, Any] = {"stage": self.zero_stage}
+        zero: dict[str, Any] = {"stage": self.zero_stage, "reduce_bucket_size": REDUCE_BUCKET_SIZE}
         if self.zero_stage == 3:
             zero["stage3_param_persistence_threshold"] = 0  # small models would otherwise not be partitioned at all
         if self.offload_optimizer:
@@ -99,6 +102,8 @@ class Engine:
         self.settings, self.module = settings, model
         self._names = ExpertNames(settings.expert_layout or _NO_EXPERTS)
         self._gradient_norm = 0.0
+        # Without ZeRO in fp32 DeepSpeed steps the optimizer itself: no partitions, and no norm kept.
+        self._is_plain = settings.zero_stage == 0 and settings.precision == "fp32"
         deepspeed.init_distributed(dist_init_required=False)
         config = settings.deepspeed_config()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -108,7 +113,7 @@ class Engine:
             if name.endswith("e_score_correction_bias"):  # steps of 1e-3 would be lost in 16 bits
                 buffer.data = buffer.data.float()
 
-    def forward(self, **batch: Tensor) -> Any:
+    def forward(self, **batch: Any) -> Any:
         """The model's own output for this worker's rows."""
         return self._engine(**batch)
 
@@ -120,12 +125,11 @@ class Engine:
         """After each ``backward``: at the last micro batch, clip, step and clear; at the others, nothing."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        plain = self.settings.zero_stage == 0 and self.settings.precision == "fp32"  # DeepSpeed keeps no norm there
-        if plain and self._engine.is_gradient_accumulation_boundary():
+        if self._is_plain and self._engine.is_gradient_accumulation_boundary():
             norms = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
             self._gradient_norm = float(torch.stack(norms).norm())
         self._engine.step()
-        if not plain:
+        if not self._is_plain:
             self._gradient_norm = float(self._engine.get_global_grad_norm() or 0.0)
 
     @property
@@ -169,15 +173,14 @@ class Engine:
 
     def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """Set one of a parameter's three tensors: ``fp32`` (the weight), ``exp_avg`` or ``exp_avg_sq``."""
-        partitioned = hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None
         value = value.view(getattr(parameter, "ds_shape", parameter.shape))
         if key != "fp32":
-            if partitioned:
-                safe_set_full_optimizer_state(parameter, value, key)
-            else:
+            if self._is_plain:
                 self._optimizer.state[parameter][key] = value.clone()
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
             return
-        if partitioned:
+        if not self._is_plain:
             safe_set_full_fp32_param(parameter, value)
         with (
             torch.no_grad(),
@@ -234,7 +237,7 @@ class Engine:
         return dist.get_rank(group), dist.get_world_size(group)
 
     def _gather_experts(self, parameter: nn.Parameter, local_EFD: Tensor) -> Tensor:
-        group = groups._get_expert_parallel_group(parameter.group_name)
+        group = groups._get_expert_parallel_group(getattr(parameter, "group_name"))  # noqa: B009 (set by DeepSpeed)
         parts = [torch.empty_like(local_EFD) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, local_EFD.contiguous(), group=group)
         return torch.cat(parts, dim=0)
@@ -263,18 +266,21 @@ def to_universal(source: Path, target: Path) -> None:
     """
     from deepspeed.checkpoint import ds_to_universal
 
-    ds_to_universal.main(
-        Namespace(
-            input_folder=str(source / _TAG),
-            output_folder=str(target / _TAG),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
+    # DeepSpeed puts the folders' names into patterns as they are, and a "+" or "(" in one breaks them: so it is shown
+    # plain names, relative to the target.
+    (target / "source").symlink_to((source / _TAG).absolute())
+    with contextlib.chdir(target):
+        ds_to_universal.main(
+            Namespace(
+                input_folder="source",
+                output_folder=_TAG,
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
         )
-    )
-    (target / "latest").write_text(_TAG)
 
 
 def topology(settings: EngineSettings, world_size: int) -> dict[str, Any]:

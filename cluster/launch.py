@@ -71,23 +71,27 @@ def run_workers(
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(queue, done, on_message), daemon=True)
     listener.start()
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend=backend),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=resources_per_worker.get("GPU", 0) > 0,
+            resources_per_worker=resources_per_worker,
+        ),
+        run_config=RunConfig(
+            name=attempt_dir.name,
+            storage_path=str(attempt_dir.parent),
+            failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=[_Forward(queue)],
+        ),
+    )
+    # Ray Train would answer Ctrl-C by leaving the process: no summary, no end of the run in MLflow. The session that
+    # the workers live in is closed by its owner.
+    trainer._register_sigint_handler = lambda controller: None
     try:
-        TorchTrainer(
-            worker,
-            train_loop_config=config,
-            torch_config=TorchConfig(backend=backend),
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=resources_per_worker.get("GPU", 0) > 0,
-                resources_per_worker=resources_per_worker,
-            ),
-            run_config=RunConfig(
-                name=attempt_dir.name,
-                storage_path=str(attempt_dir.parent),
-                failure_config=FailureConfig(max_failures=max_failures),
-                callbacks=[_Forward(queue)],
-            ),
-        ).fit()
+        trainer.fit()
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
         first = failures[min(failures)] if failures else error

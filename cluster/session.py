@@ -163,7 +163,8 @@ class RaySession:
             said = _contents(err)
             if ended and probe.returncode == 0:
                 return json.loads(_contents(out).splitlines()[-1])
-        raise ClusterError(f"cluster.address={self.address} {_why_not_joined(said, ended, self.timeout_s)}")
+        found = f" ({host}:{port})" if self.address == "auto" else ""
+        raise ClusterError(f"cluster.address={self.address}{found} {_why_not_joined(said, ended, self.timeout_s)}")
 
     def _require_places(self, nodes: list[dict]) -> None:
         found = places(nodes, self.cpus_per_worker, self.gpus_per_worker)

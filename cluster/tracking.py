@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-import shutil
+import re
 import tempfile
 import threading
 import time
@@ -11,25 +11,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from cluster.errors import ClusterError
 
-# MLflow's own limits (mlflow.utils.validation)
-METRICS_PER_BATCH = 1000
-PARAMS_PER_BATCH = 100
-PARAM_LENGTH = 6000
-
+METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_LENGTH = 1000, 100, 6000  # MLflow's own limits
 FLUSH_SECONDS = 1.0  # metrics of this long go up together
 LONGEST_PAUSE = 30.0  # between two tries at a server that does not take them
 PREFLIGHT_SECONDS = 10.0
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "NOT_FOUND"}
+WEB = re.compile(r"https?://(\S+@)?(\[[\da-f:]+\]|[^/:\s]+)(:(?P<port>\d+))?(/\S*)?")
 STATUS = {"done": "FINISHED", "failed": "FAILED"}
 
-# Only where the user has not said otherwise. MLflow's default is to try a request for minutes; here a thread of our
-# own tries again, so that the end of a run can be bounded.
+# Where the user has not said otherwise. MLflow itself tries a request for minutes; here the writer tries again.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -46,8 +42,7 @@ class Tracker:
 
     Args:
         uri: "http://host:port", "sqlite:///file.db", or None for `mlflow.db` beside the run's folder.
-        experiment: MLflow experiment, created when missing. With SQLite its artifacts lie in `mlartifacts` beside
-            the database.
+        experiment: created when missing; with SQLite its artifacts lie in `mlartifacts` beside the database.
         run_dir: folder of the run.
         run_name: name of the run in MLflow.
         run_id: MLflow id of the run to continue, or None for a new one.
@@ -74,7 +69,6 @@ class Tracker:
         self.system_metrics_seconds = system_metrics_seconds
         self._writer: _Writer | None = None
         self._monitor: Any = None
-        self._scratch: Path | None = None
         check_uri(self.uri)
 
     def start(self, params: Mapping[str, Any]) -> str:
@@ -87,22 +81,22 @@ class Tracker:
         Raises:
             ClusterError: the server refuses, or has no run of this id.
         """
-        from mlflow.entities import Param
-
-        client = _client(self.uri)
-        with _refusal_named(self.uri):
+        mlflow = _quiet_mlflow()
+        with _refusal_named(self.uri, self.experiment):
+            client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             if self.run_id is None:
-                run = client.create_run(self._experiment_id(client), run_name=self.run_name)
+                self.run_id = client.create_run(self._experiment_id(client), run_name=self.run_name).info.run_id
             else:
-                run = self._reopen(client, self.run_id)
-            self.run_id = run.info.run_id
-            flat, recorded = flatten(params), run.data.params
-            new = [Param(name, value) for name, value in flat.items() if name not in recorded]
+                client.update_run(self.run_id, status="RUNNING")
+            recorded = client.get_run(self.run_id).data.params
+            flat = flatten(params)
+            new = [mlflow.entities.Param(name, value) for name, value in flat.items() if name not in recorded]
             tags = {f"resumed.{name}": value for name, value in flat.items() if recorded.get(name, value) != value}
             for some in _batches(new, PARAMS_PER_BATCH):
                 client.log_batch(self.run_id, params=some)
             for some in _batches(_tags({"run.dir": self.run_dir, **tags}), PARAMS_PER_BATCH):
                 client.log_batch(self.run_id, tags=some)
+        self._scratch = tempfile.TemporaryDirectory(prefix="mmada-figures-")
         self._writer = _Writer(client, self.run_id)
         self._writer.start()
         self._monitor = _system_metrics(self.run_id, self.uri, self.system_metrics_seconds, self.log)
@@ -119,9 +113,7 @@ class Tracker:
 
     def figure(self, name: str, figure: Any) -> None:
         """Record a Matplotlib figure as the artifact `figures/<name>.png`. It is drawn now and sent later."""
-        if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="mmada-figures-"))
-        path = Path(tempfile.mkdtemp(dir=self._scratch)) / f"{name}.png"
+        path = Path(tempfile.mkdtemp(dir=self._scratch.name)) / f"{name}.png"
         figure.savefig(path, format="png", bbox_inches="tight")
         self._put(_Item(f"figure {name}", lambda client, run: client.log_artifact(run, str(path), "figures")))
 
@@ -132,8 +124,7 @@ class Tracker:
 
     def artifact(self, path: Path) -> None:
         """Record a file or a folder, as it is when its turn comes."""
-        local = str(path)
-        self._put(_Item(f"artifact {local}", lambda client, run: client.log_artifact(run, local)))
+        self._put(_Item(f"artifact {path}", lambda client, run: client.log_artifact(run, str(path))))
 
     def finish(self, status: str, timeout_s: float = 30.0) -> list[str]:
         """Write what is left and close the run.
@@ -149,13 +140,10 @@ class Tracker:
         if self._writer is None:
             return []
         self._monitor.finish()
-        now = int(time.time() * 1000)
-        self._put(_Item(f"the status {end}", lambda client, run: client.set_terminated(run, end, now)))
+        self._put(_Item(f"the status {end}", lambda client, run: client.set_terminated(run, end)))
         lost = self._writer.close(timeout_s)
         self._writer = None
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch)
-            self._scratch = None
+        self._scratch.cleanup()
         return lost
 
     def _put(self, item: "_Item") -> None:
@@ -166,9 +154,8 @@ class Tracker:
     def _experiment_id(self, client: Any) -> str:
         from mlflow.exceptions import MlflowException
 
-        location = None
-        if self.uri.startswith("sqlite:"):
-            location = (_sqlite_path(self.uri).parent / "mlartifacts").as_uri()
+        beside = _sqlite_path(self.uri).parent / "mlartifacts"
+        location = beside.as_uri() if self.uri.startswith("sqlite:") else None  # a server knows its own place
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
             try:
@@ -177,27 +164,7 @@ class Tracker:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 found = client.get_experiment_by_name(self.experiment)  # another run was faster
-        if found.lifecycle_stage != "active":
-            raise ClusterError(
-                f"tracking.experiment={self.experiment} is deleted in {_shown(self.uri)}; use another name, or restore "
-                f"it with 'mlflow experiments restore -x {found.experiment_id}'"
-            )
         return found.experiment_id
-
-    def _reopen(self, client: Any, run_id: str) -> Any:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code not in REFUSED:
-                raise
-            raise ClusterError(
-                f"tracking.uri={_shown(self.uri)} has no run {run_id} to continue; give the tracking.uri that the run "
-                "was started with, or start a new run under another run.name"
-            ) from error
-        client.update_run(run_id, status="RUNNING")
-        return run
 
 
 def check_uri(uri: str) -> None:
@@ -206,13 +173,9 @@ def check_uri(uri: str) -> None:
     Raises:
         ClusterError: names tracking.uri, what is wrong with it and what to do.
     """
-    try:
-        parts = urlsplit(uri)
-        web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        web, parts = False, urlsplit("")
+    web = WEB.fullmatch(uri)
     if web:
-        _check_server(uri, parts.port)
+        _check_server(uri, web["port"])
     elif uri.startswith("sqlite:///") and uri != "sqlite:///":
         _check_file(uri)
     else:
@@ -251,7 +214,6 @@ class _Writer(threading.Thread):
         self._client = client
         self._run_id = run_id
         self._items: deque[_Item] = deque()  # what is being written stays in it until it is
-        self._arrived = threading.Event()
         self._closing = threading.Event()
         self._given_up = threading.Event()
         self._trouble: Exception | None = None
@@ -259,12 +221,10 @@ class _Writer(threading.Thread):
 
     def put(self, item: _Item) -> None:
         self._items.append(item)
-        self._arrived.set()
 
     def close(self, timeout_s: float) -> list[str]:
         """Write the rest, for at most that long; one line for each thing that was not written."""
         self._closing.set()
-        self._arrived.set()
         self.join(timeout_s)
         self._given_up.set()
         left = list(self._items)
@@ -274,23 +234,16 @@ class _Writer(threading.Thread):
         return self._lost + told + [f"{item.what}: {reason}" for item in left if not item.metrics]
 
     def run(self) -> None:
-        while True:
-            self._arrived.wait()
-            self._arrived.clear()
+        closing = False
+        while not closing:
+            closing = self._closing.wait(FLUSH_SECONDS)
             while self._items and not self._given_up.is_set():
                 self._write_first()
-            if self._closing.is_set() and (self._given_up.is_set() or not self._items):
-                return
-            self._closing.wait(FLUSH_SECONDS)
 
     def _write_first(self) -> None:
-        """Write the item in front, or as many metrics in front as one request takes."""
-        group = [self._items[0]]
-        while group[0].metrics and len(group) < len(self._items):
-            following = self._items[len(group)]
-            if not following.metrics or sum(len(i.metrics) for i in group) + len(following.metrics) > METRICS_PER_BATCH:
-                break
-            group.append(following)
+        """Write the item in front, or all the metrics in front together."""
+        waiting = list(islice(self._items, METRICS_PER_BATCH))
+        group = list(takewhile(lambda item: item.metrics, waiting)) or waiting[:1]
         if self._deliver(group):
             for _ in group:
                 self._items.popleft()
@@ -300,7 +253,10 @@ class _Writer(threading.Thread):
         pause = 0.5
         while not self._given_up.is_set():
             try:
-                self._send(group)
+                if group[0].send is not None:
+                    group[0].send(self._client, self._run_id)
+                for some in _batches([metric for item in group for metric in item.metrics], METRICS_PER_BATCH):
+                    self._client.log_batch(self._run_id, metrics=some)
                 self._trouble = None
                 return True
             except Exception as error:  # whatever the client library raises, a run must not end for it
@@ -315,41 +271,37 @@ class _Writer(threading.Thread):
             pause = min(2 * pause, LONGEST_PAUSE)
         return False
 
-    def _send(self, group: list[_Item]) -> None:
-        if group[0].send is not None:
-            group[0].send(self._client, self._run_id)
-        for some in _batches([metric for item in group for metric in item.metrics], METRICS_PER_BATCH):
-            self._client.log_batch(self._run_id, metrics=some)
-
 
 def _first_line(error: Exception | None) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _client(uri: str) -> Any:
+def _quiet_mlflow() -> Any:
+    """The module, whose import takes more than a second and sets up logging of its own."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    import mlflow
 
-    for name in ("mlflow", "alembic"):
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
-    with _refusal_named(uri):
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return mlflow
 
 
 @contextmanager
-def _refusal_named(uri: str) -> Iterator[None]:
+def _refusal_named(uri: str, experiment: str) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        remedy = "look at the server's log" if uri.startswith("http") else "try 'mlflow db upgrade' on it"
+        code = getattr(error, "error_code", None)
+        remedy = "use another tracking.experiment" if code in REFUSED else "see whether it is well"
+        if code == "RESOURCE_DOES_NOT_EXIST":
+            remedy = "give the tracking.uri that the run was started with, start a new one under another run.name"
         raise ClusterError(
-            f"tracking.uri={_shown(uri)} refuses the run ({_first_line(error)}); {remedy}, or leave tracking.uri empty "
-            "to use a file here"
+            f"tracking.uri={_shown(uri)} refuses the run in tracking.experiment={experiment} ({_first_line(error)}); "
+            f"{remedy}, or leave tracking.uri empty to use a file here"
         ) from error
 
 
@@ -367,8 +319,7 @@ def _tags(tags: Mapping[str, Any]) -> list[Any]:
 def _system_metrics(run_id: str, uri: str, seconds: float, log: Callable[[int, dict[str, float]], None]) -> Any:
     """MLflow's own sampler, writing through `log`.
 
-    As it comes it asks the server at every sample, ends for good at the first request that fails, waits for the
-    server when it is stopped, and records nothing of a run shorter than one interval.
+    As it comes, it ends at the first request that fails and records nothing of a run shorter than one interval.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -389,32 +340,32 @@ def _system_metrics(run_id: str, uri: str, seconds: float, log: Callable[[int, d
     return Monitor(run_id, sampling_interval=seconds, resume_logging=True, tracking_uri=uri)
 
 
-def _check_server(uri: str, port: int | None) -> None:
+def _check_server(uri: str, port: str | None) -> None:
     import requests
 
-    outcome: list[str | None] = []
+    outcome = ["does not answer"]
 
     def ask() -> None:
         try:
             answer = requests.get(f"{uri.rstrip('/')}/health", timeout=PREFLIGHT_SECONDS / 2)
         except requests.exceptions.SSLError:
-            outcome.append(None)  # it answers; whether its certificate is trusted is for MLflow's own settings
+            outcome[0] = ""  # it answers; whether its certificate is trusted is for MLflow's own settings
         except requests.exceptions.RequestException:
-            outcome.append("does not answer")
+            return
         else:
-            # 401 and 403: a proxy that wants the credentials which only MLflow's client knows
-            fine = answer.status_code in (401, 403) or (answer.ok and answer.text.strip() == "OK")
-            outcome.append(None if fine else f"answers, but not as an MLflow server (HTTP {answer.status_code})")
+            wants_login = answer.status_code in (401, 403)  # MLflow's client has the credentials, this request not
+            fine = wants_login or (answer.ok and answer.text.strip() == "OK")
+            outcome[0] = "" if fine else f"answers, but not as an MLflow server (HTTP {answer.status_code})"
 
-    # In a thread, for neither the search for a host's name nor an answer in drops ends with the timeout of requests.
+    # In a thread: neither the search for a host's name nor an answer in drops ends with the timeout of requests.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(PREFLIGHT_SECONDS)
-    wrong = outcome[0] if outcome else "does not answer"
-    if wrong:
+    if outcome[0]:
         start = f"'mlflow server --port {port}'" if port else "'mlflow server'"
         raise ClusterError(
-            f"tracking.uri={_shown(uri)} {wrong}; start it with {start} or leave tracking.uri empty to use a file here"
+            f"tracking.uri={_shown(uri)} {outcome[0]}; start it with {start} or leave tracking.uri empty to use a file "
+            "here"
         )
 
 
@@ -422,13 +373,15 @@ def _check_file(uri: str) -> None:
     path = ancestor = _sqlite_path(uri)
     while not ancestor.exists():
         ancestor = ancestor.parent
-    wrong = None
-    if ancestor != path:  # a new file in a new folder, then
-        wrong = None if os.access(ancestor, os.W_OK | os.X_OK) else f"cannot be made in {ancestor}"
-    elif not path.is_file() or not os.access(path, os.W_OK):
-        wrong = "is not a file that can be written"
-    elif _start_of(path) not in (b"", b"SQLite format 3\0"):  # MLflow would try for more than a minute
-        wrong = "is a file of another kind"
+    wrong = ""
+    if not os.access(ancestor, os.W_OK if ancestor == path else os.W_OK | os.X_OK):
+        wrong = f"cannot be written: {ancestor} does not allow it"
+    elif ancestor == path and not path.is_file():
+        wrong = "is not a file"
+    elif ancestor == path:
+        with open(path, "rb") as file:
+            if file.read(16) not in (b"", b"SQLite format 3\0"):  # MLflow would try for more than a minute
+                wrong = "is a file of another kind"
     if wrong:
         raise ClusterError(
             f"tracking.uri={uri} {wrong}; name another file, or leave it empty to use one beside run.dir"
@@ -441,6 +394,4 @@ def _sqlite_path(uri: str) -> Path:
 
 def _shown(uri: str) -> str:
     """The address without a password that it may hold."""
-    before, at, host = uri.rpartition("@")
-    scheme, separator, user = before.partition("://")
-    return f"{scheme}{separator}{user.partition(':')[0]}:…@{host}" if at and ":" in user else uri
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:…@", uri)

@@ -16,7 +16,9 @@ def model_folder(checkpoint: str) -> Path:
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
-        raise ClusterError(f"checkpoint={checkpoint} is not a folder; give a checkpoint, a run's folder or a saved model")
+        raise ClusterError(
+            f"checkpoint={checkpoint} is not a folder; give a checkpoint, a run's folder or a saved model"
+        )
     if (folder / "checkpoints").is_dir():
         damaged: list[str] = []
         newest = CheckpointStore(folder / "checkpoints").newest_good(lambda d: damaged.append(str(d)))
@@ -29,7 +31,9 @@ def model_folder(checkpoint: str) -> Path:
         return folder / "model"
     config = folder / "config.json"
     if not config.exists():
-        raise ClusterError(f"checkpoint={checkpoint} holds no model; give a checkpoint, a run's folder or a saved model")
+        raise ClusterError(
+            f"checkpoint={checkpoint} holds no model; give a checkpoint, a run's folder or a saved model"
+        )
     model_type = json.loads(config.read_text()).get("model_type")
     if model_type != "mmada":
         raise ClusterError(f"checkpoint={checkpoint} holds a model of type {model_type}; give one that mmada trained")

@@ -6,6 +6,7 @@ A checkpoint folder holds ``engine/`` (DeepSpeed's shards), ``model/`` (config, 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 from dataclasses import dataclass, field
@@ -75,12 +76,17 @@ def save(
     shared: list[Any] = [store.begin(step) if rank == 0 else None]
     dist.broadcast_object_list(shared, src=0)
     partial = Path(shared[0])
-    with full_disk_named(store.root):
-        engine.save(partial / "engine")
-        torch.save(_generators(), partial / f"random-{rank}.pt")
-        tensors = {name: tensor for name, tensor in engine.named_full_tensors() if rank == 0}
-        if rank == 0:
-            write_model(partial / "model", tensors, engine.module.config, tokenizer)
+    try:
+        with full_disk_named(store.root):
+            engine.save(partial / "engine")
+            torch.save(_generators(), partial / f"random-{rank}.pt")
+            tensors = {name: tensor for name, tensor in engine.named_full_tensors() if rank == 0}
+            if rank == 0:
+                write_model(partial / "model", tensors, engine.module.config, tokenizer)
+    except BaseException:
+        with contextlib.suppress(OSError):  # another rank may still be writing; the next start removes what is left
+            store.abandon(partial)
+        raise
     dist.barrier()
     files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
     entries: list[Any] = [None] * world

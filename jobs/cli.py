@@ -63,9 +63,12 @@ def run(arguments: list[str]) -> int:
     verb = arguments[0]
     if not verb.startswith("-") and verb not in VERBS:
         raise CommandError(f"verb={verb} is unknown; {suggestion(verb, VERBS)}")
-    options, rest = parser.parse_known_args(arguments)
-    if rest and not getattr(options, "takes_rest", False):
-        raise CommandError(f"argument={rest[0]} is not known to mmada {options.verb}; see mmada {options.verb} --help")
+    own, rest = arguments, []
+    if verb == "bench" and not "".join(arguments[1:2]).startswith("-"):
+        own, rest = arguments[:2], arguments[2:]  # what follows a bench's name is the bench's own, its --help too
+    options, unknown = parser.parse_known_args(own)
+    if unknown:
+        raise CommandError(f"argument={unknown[0]} is not known to mmada {verb}; see mmada {verb} --help")
     options.rest = rest
     return options.call(options)
 
@@ -156,8 +159,9 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def bench_names() -> list[str]:
-    """The measurements there are: one module each in jobs/bench."""
-    return sorted(path.stem for path in (Path(__file__).parent / "bench").glob("[!_]*.py"))
+    """The measurements there are: the modules in jobs/bench that have a ``run``."""
+    modules = (Path(__file__).parent / "bench").glob("*.py")
+    return sorted(path.stem for path in modules if "\ndef run(" in path.read_text(encoding="utf-8"))
 
 
 def build_parser() -> Parser:
@@ -201,7 +205,6 @@ def build_parser() -> Parser:
 
     each = add("bench", "measure, and print the numbers")
     each.add_argument("name", metavar="NAME", help=f"one of: {', '.join(bench_names())}; its own arguments follow")
-    each.set_defaults(takes_rest=True)
 
     each = add("doctor", "show what this machine has, what is missing and how to get it")
     each.add_argument("--deep", action="store_true", help="start Ray and write to an MLflow store, too")
@@ -252,4 +255,6 @@ def number(text: str) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    from jobs import cli  # under its own name, so that there is one CommandError
+
+    cli.main()

@@ -55,9 +55,7 @@ class RunLine:
         line = self._line(row)
         if self.console.is_terminal:
             self._live.update(Text(line))
-        if new_bits:
-            self.say(line)
-        elif not self.console.is_terminal and time.monotonic() - self._last_plain > _PLAIN_INTERVAL_S:
+        if new_bits or not self.console.is_terminal and time.monotonic() - self._last_plain > _PLAIN_INTERVAL_S:
             self.say(line)
         else:
             return

@@ -16,9 +16,7 @@ def run(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, t
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    pieces = stream_text(
-        folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
+    pieces = stream_text(folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     sys.stdout.write(prompt)
     for piece in pieces:
         sys.stdout.write(piece)

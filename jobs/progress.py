@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -20,15 +20,15 @@ from cluster.launch import REPORT_INTERVAL_S
 class Progress:
     """Gathers each step's metrics on rank 0 and reports them together, every few seconds.
 
-    ``report`` (``ray.train.report``) is a meeting of all workers; whether it is time is rank 0's decision, shared with the others
-    in a reduction of one number.
+    ``report`` (``ray.train.report``) is a meeting of all workers; whether it is time is rank 0's decision, shared
+    with the others in a reduction of one number.
     """
 
     def __init__(self, rank: int, world: int, run_dir: Path, report: Callable[[dict[str, Any]], None]) -> None:
         self.rank, self.world, self._send = rank, world, report
         self._history: list[dict[str, Any]] = []
         self._notes: list[str] = []
-        self._rows_log = None
+        self._rows_log: TextIO | None = None
         self._last = time.monotonic()
         self._identify(run_dir / "workers.json")
         self._rows_path = run_dir / "logs" / f"rows-{rank}.jsonl"

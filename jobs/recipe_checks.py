@@ -38,7 +38,6 @@ CHANGEABLE_ON_RESUME = {
     "train.keep_checkpoints",
     "train.evaluate_every",
     "train.evaluate_rows",
-    "train.log_every",
 }
 
 

@@ -138,9 +138,6 @@ class TrainSection(Section):
     evaluate_rows: Positive | None = None
     """Held-out rows of an evaluation on the way; null takes all, as the last one always does."""
 
-    log_every: Positive = 10
-    """Steps between reports of loss and speed."""
-
 
 class ClusterSection(Section):
     """Where it runs and on how much."""

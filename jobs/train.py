@@ -17,9 +17,9 @@ from cluster.session import RaySession
 from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker
 from jobs.console import RunLine
-from jobs.model_building import model_config
+from jobs.prepared_data import cache_dir, text_source
 from jobs.recipe import Recipe, RecipeError
-from mmada.data import PreparedText, TextSource, load_tokenizer, prepare
+from mmada.data import PreparedText, load_tokenizer, prepare
 from mmada.errors import DataError
 from mmada.plots.learning_curve import learning_curve
 
@@ -56,16 +56,13 @@ class RunRecord:
 
 
 def run(recipe: Recipe) -> int:
-    """Train; the exit code. Raises RecipeError, DataError or ClusterError before anything has started."""
-    run_dir = (Path(recipe.run.dir) / recipe.run.name).resolve()
-    config = model_config(recipe)
+    """Train a recipe that ``jobs.recipe_checks`` has passed; the exit code.
+
+    Raises RecipeError, DataError or ClusterError before anything has started.
+    """
+    run_dir = recipe.run_dir.resolve()
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    if len(tokenizer) > config.vocab_size:
-        raise RecipeError(
-            f"model.vocab_size={config.vocab_size} is smaller than the {len(tokenizer)} ids of "
-            f"data.tokenizer={recipe.data.tokenizer}; use model.vocab_size={len(tokenizer)} or more"
-        )
-    prepared = prepare(text_source(recipe), tokenizer, run_dir.parent / ".data", held_out=recipe.data.held_out)
+    prepared = prepare(text_source(recipe), tokenizer, cache_dir(recipe), held_out=recipe.data.held_out)
     is_new = not run_dir.exists()
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -81,19 +78,6 @@ def _work(config: dict[str, Any]) -> None:
     from jobs.worker import train_worker
 
     train_worker(config)
-
-
-def text_source(recipe: Recipe) -> TextSource:
-    """The recipe's ``data`` section in the words of ``mmada.data``."""
-    data = recipe.data
-    return TextSource(
-        kind=data.source,
-        path=data.path,
-        text_field=data.text_field,
-        split=data.split,
-        config_name=data.config_name,
-        limit_documents=data.limit_documents,
-    )
 
 
 class TrainingRun:
@@ -130,7 +114,7 @@ class TrainingRun:
                 log_dir=self.run_dir / "logs",
                 timeout_s=cluster.start_timeout,
             ):
-                self._remember(mlflow_run_id=self.tracker.start(self.recipe.flattened()))
+                self._remember(mlflow_run_id=self.tracker.start(self.recipe.model_dump()))
                 (self.run_dir / "recipe.yaml").write_text(self.recipe.resolved_yaml())
                 error = self._train()
             return self._finish(error, log)
@@ -179,7 +163,7 @@ class TrainingRun:
                 if "checkpoint" in row:
                     folder = Path(row["checkpoint"])
                     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                    self.tracker.checkpoint(str(folder), row["step"], size)
+                    self.tracker.checkpoint(folder, row["step"], size)
                 if "bits_per_byte" in row:
                     self.line.update({**row, **metrics})
             self.line.update({k: v for k, v in {**row, **metrics}.items() if k != "bits_per_byte"})
@@ -191,7 +175,7 @@ class TrainingRun:
             record.checkpoint = str(newest) if newest else None
         status = "failed" if error else "done"
         if record.loss:
-            self.tracker.figure("learning_curve.png", learning_curve(record.loss, record.held_out, self.recipe.run.name))
+            self.tracker.figure("learning_curve", learning_curve(record.loss, record.held_out, self.recipe.run.name))
         summary = {
             "status": status,
             "steps": record.steps,
@@ -202,7 +186,7 @@ class TrainingRun:
         if error:
             summary["error"] = str(error) or type(error).__name__
         _write_json(self.run_dir / "summary.json", summary)
-        self.tracker.artifact(str(self.run_dir / "recipe.yaml"))
+        self.tracker.artifact(self.run_dir / "recipe.yaml")
         for problem in self.tracker.finish(status):
             self.line.say(problem)
         if isinstance(error, KeyboardInterrupt):

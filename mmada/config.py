@@ -1,7 +1,5 @@
 """The one definition of every model setting."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 
@@ -9,8 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
-
-_NUMBERS = {"int": (int, "a whole number"), "float": ((int, float), "a number")}
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # those of transformers
 
 
 @strict
@@ -45,17 +42,17 @@ class MMaDAConfig(PreTrainedConfig):
     moe_intermediate_size: int = 256
     norm_topk_prob: bool = True
     router_noise: bool = True
-    router_noise_scale: float = 1.0
-    router_aux_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.001
+    router_noise_scale: float | int = 1.0
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.001
     router_balance_scope: str = "batch"
-    router_bias_update_rate: float = 0.0
+    router_bias_update_rate: float | int = 0.0
     max_position_embeddings: int = 2048
     rope_parameters: dict[str, Any] | None = None
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float | int = 1e-6
     attention_bias: bool = False
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.02
+    attention_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = 0
@@ -73,10 +70,6 @@ class MMaDAConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse what cannot be built, naming field, value and remedy."""
-        for field in fields(self):  # the base class compares before it checks types
-            value, wanted = getattr(self, field.name), _NUMBERS.get(str(field.type))
-            if wanted and (isinstance(value, bool) or not isinstance(value, wanted[0])):
-                raise ValueError(f"{field.name}={value!r} has the wrong type; use {wanted[1]}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                      "head_dim", "intermediate_size", "moe_intermediate_size", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -92,7 +85,8 @@ class MMaDAConfig(PreTrainedConfig):
         types = self.mlp_layer_types
         if len(types) != self.num_hidden_layers:
             raise ValueError(
-                f"mlp_layer_types has {len(types)} entries for num_hidden_layers={self.num_hidden_layers}; give one per layer"
+                f"mlp_layer_types has {len(types)} entries for num_hidden_layers={self.num_hidden_layers}; "
+                "give one per layer"
             )
         for kind in types:
             if kind not in ("dense", "moe"):
@@ -107,10 +101,15 @@ class MMaDAConfig(PreTrainedConfig):
                 f"use at most {self.num_experts}"
             )
         if self.router_balance_scope not in ("batch", "sequence"):
-            raise ValueError(f"router_balance_scope={self.router_balance_scope!r} is unknown; use 'batch' or 'sequence'")
+            raise ValueError(
+                f"router_balance_scope={self.router_balance_scope!r} is unknown; use 'batch' or 'sequence'"
+            )
         for name in ("router_noise_scale", "router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; use 0 to turn it off")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_parameters.rope_type={rope_type} is unknown; use one of {', '.join(ROPE_TYPES)}")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} is not in [0, 1); use 0 for none")
 

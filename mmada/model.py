@@ -223,9 +223,7 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
             self.reduce_load,
         )
         result.aux_loss, result.z_loss = balance.detach(), z.detach()
-        result.loss = (
-            result.loss + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
-        )
+        result.loss = result.loss + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
 
     @torch.no_grad()
     def update_router_bias(self, load_LE: Tensor) -> None:

@@ -91,8 +91,9 @@ class ByteTokenizer(PreTrainedTokenizer):
     def image_code_of(self, token_id: int) -> int:
         """The image code that a token id stands for: the inverse of `image_code_id`."""
         if not IMAGE_CODE_OFFSET <= token_id < self.vocab_size:
-            raise ValueError(f"token id {token_id} is no image code; those are "
-                             f"{IMAGE_CODE_OFFSET}..{self.vocab_size - 1}")
+            raise ValueError(
+                f"token id {token_id} is no image code; those are {IMAGE_CODE_OFFSET}..{self.vocab_size - 1}"
+            )
         return token_id - IMAGE_CODE_OFFSET
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
@@ -192,8 +193,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if name_or_path == "bytes":
         return ByteTokenizer()
     if _is_path(name_or_path) and not Path(name_or_path).expanduser().is_dir():
-        raise DataError(f"data.tokenizer={name_or_path}: no such folder; use bytes, a folder with a saved tokenizer, "
-                        "or a tokenizer's name on the Hugging Face hub")
+        raise DataError(
+            f"data.tokenizer={name_or_path}: no such folder; use bytes, a folder with a saved tokenizer, "
+            "or a tokenizer's name on the Hugging Face hub"
+        )
     folder = Path(name_or_path).expanduser()
     try:
         if '"ByteTokenizer"' in _tokenizer_config(folder):
@@ -201,8 +204,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name_or_path)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"data.tokenizer={name_or_path}: no tokenizer could be loaded ({reason}); use bytes, a folder "
-                        "with a saved tokenizer, or a tokenizer's name on the Hugging Face hub") from error
+        raise DataError(
+            f"data.tokenizer={name_or_path}: no tokenizer could be loaded ({reason}); use bytes, a folder "
+            "with a saved tokenizer, or a tokenizer's name on the Hugging Face hub"
+        ) from error
 
 
 def register_tokenizer(config_class: type) -> None:

@@ -15,8 +15,9 @@ def hub_texts(path: str, config_name: str | None, split: str | None, text_field:
     """
     dataset = _load(path, config_name, split)
     if text_field not in dataset.column_names:
-        raise DataError(f"data.text_field={text_field}: no such field in {path}; "
-                        f"use one of {', '.join(dataset.column_names)}")
+        raise DataError(
+            f"data.text_field={text_field}: no such field in {path}; use one of {', '.join(dataset.column_names)}"
+        )
     for rows in dataset.select_columns([text_field]).iter(batch_size=256):
         yield from rows[text_field]
 
@@ -44,5 +45,7 @@ def _explained(error: Exception, path: str, config_name: str | None, split: str 
     if split is not None and ("split" in reason or "instruction" in reason):
         return DataError(f"data.split={split}: {reason}; use a split that {path} has")
     named = f"data.path={path}" + (f", data.config_name={config_name}" if config_name else "")
-    return DataError(f"{named}: the data set cannot be loaded ({reason}); give the name of a data set on the "
-                     "Hugging Face hub (and a configuration it has), or a folder that holds one")
+    return DataError(
+        f"{named}: the data set cannot be loaded ({reason}); give the name of a data set on the "
+        "Hugging Face hub (and a configuration it has), or a folder that holds one"
+    )

@@ -1,6 +1,6 @@
 """A token stream cut into rows of equal length, with labels and positions that respect the documents.
 
-    # B rows of a batch, T tokens of a row, S = T + 1 tokens that a row reads
+# B rows of a batch, T tokens of a row, S = T + 1 tokens that a row reads
 """
 
 from typing import TYPE_CHECKING

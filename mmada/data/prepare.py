@@ -52,8 +52,13 @@ class PreparedText:
     metadata: dict[str, Any] = field(repr=False)
 
 
-def prepare(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, held_out: float = 0.05,
-            shard_tokens: int = SHARD_TOKENS) -> PreparedText:
+def prepare(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    held_out: float = 0.05,
+    shard_tokens: int = SHARD_TOKENS,
+) -> PreparedText:
     """Tokenises `source` into shards under `cache_dir`, or opens them if they are there already.
 
     The text is read twice, first to look (and to find every fault before anything is written), then to tokenise. Memory
@@ -69,7 +74,10 @@ def prepare(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: P
     """
     check_share(held_out)
     request = {
-        "format": FORMAT, "source": describe(source), "tokenizer": tokenizer_identity(tokenizer), "held_out": held_out
+        "format": FORMAT,
+        "source": describe(source),
+        "tokenizer": tokenizer_identity(tokenizer),
+        "held_out": held_out,
     }
     cache_dir = Path(cache_dir).expanduser()
     folder = cache_dir / _sha256(request)[:24]
@@ -87,8 +95,10 @@ def prepare(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: P
             _make_current(partial, folder)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
-        raise DataError(f"data.cache_dir={cache_dir}: cannot be written ({reason}); "
-                        "free space there, or give a folder that can be written") from error
+        raise DataError(
+            f"data.cache_dir={cache_dir}: cannot be written ({reason}); "
+            "free space there, or give a folder that can be written"
+        ) from error
     return open_prepared(folder)
 
 
@@ -102,11 +112,15 @@ def open_prepared(folder: Path) -> PreparedText:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"data.cache_dir: {folder} holds no prepared data ({error}); "
-                        "prepare it again, or give the folder that holds it") from error
+        raise DataError(
+            f"data.cache_dir: {folder} holds no prepared data ({error}); "
+            "prepare it again, or give the folder that holds it"
+        ) from error
     if meta.get("format") != FORMAT:
-        raise DataError(f"data.cache_dir: {folder} is of format {meta.get('format')} instead of {FORMAT}; "
-                        "remove that folder and it will be prepared again")
+        raise DataError(
+            f"data.cache_dir: {folder} is of format {meta.get('format')} instead of {FORMAT}; "
+            "remove that folder and it will be prepared again"
+        )
     return PreparedText(
         folder=folder,
         fingerprint=meta["fingerprint"],
@@ -123,13 +137,20 @@ def _survey(source: TextSource) -> Survey:
         surveyor.add(document)
     survey = surveyor.survey()
     if survey.num_documents == 0:
-        raise DataError(f"data.path={source.path}: there is no text in it; "
-                        "give a file, folder or data set that has some")
+        raise DataError(
+            f"data.path={source.path}: there is no text in it; give a file, folder or data set that has some"
+        )
     return survey
 
 
-def _write(partial: Path, source: TextSource, survey: Survey, choice: HeldOutChoice,
-           tokenizer: PreTrainedTokenizerBase, shard_tokens: int) -> dict[str, Any]:
+def _write(
+    partial: Path,
+    source: TextSource,
+    survey: Survey,
+    choice: HeldOutChoice,
+    tokenizer: PreTrainedTokenizerBase,
+    shard_tokens: int,
+) -> dict[str, Any]:
     """Writes both splits and the held-out text; returns what meta.json says of the splits."""
     surveyor = Surveyor()
     with (partial / HELD_OUT_TEXT).open("wb") as held_out_text:
@@ -148,13 +169,20 @@ def _write(partial: Path, source: TextSource, survey: Survey, choice: HeldOutCho
     for split, entry in splits.items():
         if entry["num_tokens"] < 2:
             side = "training" if split == "train" else "the held-out split"
-            raise DataError(f"data.path={source.path}: {survey.num_bytes} bytes of text in {survey.num_documents} "
-                            f"documents leave nothing for {side}; give more text")
+            raise DataError(
+                f"data.path={source.path}: {survey.num_bytes} bytes of text in {survey.num_documents} "
+                f"documents leave nothing for {side}; give more text"
+            )
     return splits
 
 
-def _metadata(request: dict[str, Any], survey: Survey, choice: HeldOutChoice, splits: dict[str, Any],
-              tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _metadata(
+    request: dict[str, Any],
+    survey: Survey,
+    choice: HeldOutChoice,
+    splits: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     texts = {split: entry["content_sha256"] for split, entry in splits.items()}
     return {

@@ -14,8 +14,12 @@ def global_batch_indices(seed: int, step: int, global_batch: int, num_rows: int)
     Raises:
         ValueError: a count below 1, or a negative seed or step.
     """
-    for name, value, least in (("seed", seed, 0), ("step", step, 0), ("global_batch", global_batch, 1),
-                               ("num_rows", num_rows, 1)):
+    for name, value, least in (
+        ("seed", seed, 0),
+        ("step", step, 0),
+        ("global_batch", global_batch, 1),
+        ("num_rows", num_rows, 1),
+    ):
         if value < least:
             raise ValueError(f"{name}={value} is too small; use {least} or more")
     positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
@@ -37,8 +41,10 @@ def rank_slice(indices: np.ndarray, rank: int, world: int) -> np.ndarray:
         raise ValueError(f"rank={rank} is outside 0..{world - 1} (world={world})")
     share, rest = divmod(len(indices), world)
     if rest:
-        raise ValueError(f"global_batch={len(indices)} is not divisible by world={world}; "
-                         f"use {max(share, 1) * world}, {(max(share, 1) + 1) * world} … or another number of workers")
+        raise ValueError(
+            f"global_batch={len(indices)} is not divisible by world={world}; "
+            f"use {max(share, 1) * world}, {(max(share, 1) + 1) * world} … or another number of workers"
+        )
     return indices[rank * share : (rank + 1) * share]
 
 

@@ -159,5 +159,7 @@ def _open_shard(folder: Path, shard: dict[str, Any]) -> list[_Chunk]:
 
 
 def _damaged(folder: Path, reason: str) -> DataError:
-    return DataError(f"data.cache_dir: the prepared data in {folder} is damaged ({reason}); "
-                     "remove that folder and it will be prepared again")
+    return DataError(
+        f"data.cache_dir: the prepared data in {folder} is damaged ({reason}); "
+        "remove that folder and it will be prepared again"
+    )

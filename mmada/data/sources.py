@@ -52,11 +52,15 @@ class TextSource:
         if self.kind not in ("stdlib", "files", "hub"):
             raise DataError(f"data.source={self.kind} is unknown; use stdlib, files or hub")
         if self.kind == "stdlib" and self.path is not None:
-            raise DataError(f"data.path={self.path} has no meaning with data.source=stdlib; "
-                            "remove it, or use data.source=files or hub")
+            raise DataError(
+                f"data.path={self.path} has no meaning with data.source=stdlib; "
+                "remove it, or use data.source=files or hub"
+            )
         if self.kind != "stdlib" and not self.path:
-            raise DataError(f"data.path is missing with data.source={self.kind}; give "
-                            + ("a file or a folder" if self.kind == "files" else "a data set's name"))
+            raise DataError(
+                f"data.path is missing with data.source={self.kind}; give "
+                + ("a file or a folder" if self.kind == "files" else "a data set's name")
+            )
         if not self.text_field:
             raise DataError("data.text_field is empty; name the field that holds the text")
         for name in ("split", "config_name"):
@@ -64,8 +68,9 @@ class TextSource:
             if value is not None and self.kind != "hub":
                 raise DataError(f"data.{name}={value} has a meaning with data.source=hub only; remove it")
         if self.limit_documents is not None and self.limit_documents < 1:
-            raise DataError(f"data.limit_documents={self.limit_documents} leaves nothing to read; "
-                            "use 1 or more, or leave it out")
+            raise DataError(
+                f"data.limit_documents={self.limit_documents} leaves nothing to read; use 1 or more, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,8 +148,9 @@ def _text_files(path: str) -> list[Path]:
     files = [file for file in _walk(root) if file.suffix.lower() in _SUFFIXES]
     if not files:
         what = "the folder holds no file" if root.is_dir() else "the file's name is not one"
-        raise DataError(f"data.path={path}: {what} ending in {', '.join(_SUFFIXES)}; "
-                        "rename the text, or give another path")
+        raise DataError(
+            f"data.path={path}: {what} ending in {', '.join(_SUFFIXES)}; rename the text, or give another path"
+        )
     return files
 
 
@@ -175,8 +181,10 @@ class _TextFile:
                 while piece := stream.read(_PIECE_CHARACTERS):
                     yield piece + stream.readline(_PIECE_CHARACTERS)
         except UnicodeDecodeError as error:
-            raise DataError(f"data.path={self.file}: not UTF-8 ({error.reason}, byte "
-                            f"0x{error.object[error.start]:02x}); convert it, say with iconv -t utf-8") from error
+            raise DataError(
+                f"data.path={self.file}: not UTF-8 ({error.reason}, byte "
+                f"0x{error.object[error.start]:02x}); convert it, say with iconv -t utf-8"
+            ) from error
         except OSError as error:
             raise _unreadable(self.file, error) from error
 
@@ -219,13 +227,16 @@ def _checked_text(text: object, source: TextSource, where: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise DataError(f"data.text_field={source.text_field}: {where} holds {type(text).__name__}, not text; "
-                        "name a field of text")
+        raise DataError(
+            f"data.text_field={source.text_field}: {where} holds {type(text).__name__}, not text; name a field of text"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"data.text_field={source.text_field}: {where} holds half of a surrogate pair "
-                        f"({error.object[error.start]!r}); remove it or write the whole character") from error
+        raise DataError(
+            f"data.text_field={source.text_field}: {where} holds half of a surrogate pair "
+            f"({error.object[error.start]!r}); remove it or write the whole character"
+        ) from error
     return text
 
 

@@ -50,8 +50,10 @@ def _module_files() -> list[tuple[str, Path]]:
             if file.suffix == ".py" and not _TEST_FOLDERS.intersection(parts[:-1]):
                 files.append((".".join(parts).removesuffix(".__init__"), file))
     if not files:
-        raise DataError(f"data.source=stdlib: this Python has no standard library sources in {root}; "
-                        "install them, or use data.source=files with data.path")
+        raise DataError(
+            f"data.source=stdlib: this Python has no standard library sources in {root}; "
+            "install them, or use data.source=files with data.path"
+        )
     return sorted(files)
 
 
@@ -63,8 +65,10 @@ def _docstrings(file: Path) -> str:
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError) as error:
-            raise DataError(f"data.source=stdlib: {file} is not Python ({error}); "
-                            "repair this Python's installation, or use data.source=files with data.path") from error
+            raise DataError(
+                f"data.source=stdlib: {file} is not Python ({error}); "
+                "repair this Python's installation, or use data.source=files with data.path"
+            ) from error
     nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
     docstrings = (ast.get_docstring(node) for node in nodes)

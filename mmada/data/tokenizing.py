@@ -40,8 +40,14 @@ class SplitOutput:
     spelled out in a text are not taken for special tokens.
     """
 
-    def __init__(self, folder: Path, split: str, tokenizer: PreTrainedTokenizerBase, shard_tokens: int,
-                 text_file: BinaryIO | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        shard_tokens: int,
+        text_file: BinaryIO | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._dtype = np.min_scalar_type(len(tokenizer) - 1)
         self._writer = ShardWriter(folder, split, self._dtype, shard_tokens)
@@ -101,8 +107,14 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.nda
         return [tokenizer.encode_bytes(text.encode("utf-8")) for text in texts]
     if not texts:
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
-                        return_token_type_ids=False, verbose=False)
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
     return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
 
 

@@ -37,7 +37,7 @@ class BufferPool:
         block = self._take(num_bytes)
         lease = block[:num_bytes]  # the tensor's storage holds this view; when it dies the block comes back
         weakref.finalize(lease, self._returned.append, block).atexit = False
-        return like.new_empty(0).set_(torch.from_numpy(lease).untyped_storage(), 0, shape)
+        return torch.frombuffer(lease, dtype=like.dtype).resize_(shape)
 
     def _take(self, num_bytes: int) -> np.ndarray:
         with self._lock:

@@ -239,7 +239,7 @@ class _WaveSwiGLU(torch.autograd.Function):
             ctx.waves, ctx.num_inward = waves, len(inward)
             routing = () if route is None else (result_ND, weights_TK, *route)
             ctx.save_for_backward(hidden, inner_N2F, w_down, *inward, *routing)
-        if route is None:
+        if route is None or weights_TK is None:
             result_ND[waves[-1].rows.stop :].zero_()  # padding
             return result_ND
         return F.embedding_bag(route.position_TK, result_ND, per_sample_weights=weights_TK, mode="sum")
@@ -249,7 +249,7 @@ class _WaveSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, inner_N2F, w_down, *others = ctx.saved_tensors
         inward, routing = others[: ctx.num_inward], others[ctx.num_inward :]
-        result_ND, weights_TK, route = (*routing[:2], _Route(*routing[2:])) if routing else (None, None, None)
+        route = _Route(*routing[2:]) if routing else None
         _, _, needs_hidden, needs_weights, _, needs_down, *needs_inward = ctx.needs_input_grad
 
         num_rows, most_rows = inner_N2F.shape[0], max(wave.num_rows for wave in ctx.waves)
@@ -261,6 +261,7 @@ class _WaveSwiGLU(torch.autograd.Function):
         grad_down = empty(w_down, *w_down.shape) if needs_down else None
         grad_inward = [empty(w, *w.shape) if n else None for w, n in zip(inward, needs_inward, strict=True)]
         if route is not None:
+            result_ND, weights_TK = routing[:2]
             weight_N1 = weights_TK.flatten()[route.order_N][:, None]
             grad_weight_N = hidden.new_empty(num_rows)
 
@@ -278,19 +279,20 @@ class _WaveSwiGLU(torch.autograd.Function):
             _swiglu_backward(inner_N2F[rows], act, grad_act, grad_inner)
             if grad_down is not None:
                 _mm_each(grad_out.t().split(counts, dim=1), act.split(counts), grad_down[experts])
-            x = _rows_of(hidden, wave, route, out=x_WD) if any(needs_inward) else None
-            for index, (w_in, columns) in enumerate(_side_by_side(inward)):
+            x = _rows_of(hidden, wave, route, out=x_WD)
+            for (w_in, columns), grad_in in zip(_side_by_side(inward), grad_inward, strict=True):
                 grad_projected = grad_inner[:, columns]
-                if needs_inward[index]:
-                    _mm_each(grad_projected.t().split(counts, dim=1), x.split(counts), grad_inward[index][experts])
-                if needs_hidden:
-                    _mm_each(grad_projected.split(counts), w_in[experts], grad_ND[rows].split(counts), add=index > 0)
+                if grad_in is not None:
+                    _mm_each(grad_projected.t().split(counts, dim=1), x.split(counts), grad_in[experts])
+                if grad_ND is not None:
+                    add = columns.start > 0
+                    _mm_each(grad_projected.split(counts), w_in[experts], grad_ND[rows].split(counts), add=add)
 
         if route is None:
-            if needs_hidden:
-                grad_ND[ctx.waves[-1].rows.stop :].zero_()
+            if grad_ND is not None:
+                grad_ND[ctx.waves[-1].rows.stop :].zero_()  # padding
             return None, None, grad_ND, None, None, grad_down, *grad_inward
-        grad_hidden = F.embedding_bag(route.position_TK, grad_ND, mode="sum") if needs_hidden else None
+        grad_hidden = None if grad_ND is None else F.embedding_bag(route.position_TK, grad_ND, mode="sum")
         grad_weights = grad_weight_N[route.position_TK] if needs_weights else None
         return None, None, grad_hidden, grad_weights, None, grad_down, *grad_inward
 

@@ -53,7 +53,7 @@ def _splitmix64(x: Tensor) -> Tensor:
 
 def gate_of(mlp: nn.Module) -> nn.Module:
     """The linear gate of an expert block, ours (``gate``) or the one an engine put in its place (``router.gate``)."""
-    return mlp.router.gate if hasattr(mlp, "router") else mlp.gate
+    return mlp.get_submodule("router.gate" if hasattr(mlp, "router") else "gate")
 
 
 def selection_bias_of(mlp: nn.Module) -> Tensor | None:

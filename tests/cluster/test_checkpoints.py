@@ -42,24 +42,22 @@ def test_a_sealed_checkpoint_verifies_and_gives_its_metadata_back(tmp_path):
     folder = save(store, 20, metadata)
     assert folder == tmp_path / "checkpoints" / "step-00000020"
     fresh = CheckpointStore(store.root)
+    (folder / "zero_to_fp32.py").write_text("a script that DeepSpeed drops here: what is not listed does no harm")
     assert fresh.verify(folder) == {**metadata, "by_rank": {"2": "b", "10": "a"}}
-    assert fresh.newest_good(refuse) == folder
     manifest = json.loads((folder / MANIFEST).read_text())
     assert (manifest["format_version"], manifest["step"]) == (1, 20)
-    assert manifest["files"]["ranks/0/optimizer.bin"] == {
-        "bytes": 3502,
-        "sha256": subprocess.run(
-            ["sha256sum", folder / "ranks/0/optimizer.bin"], capture_output=True, text=True, timeout=20
-        ).stdout.split()[0],
-    }
+    entry = manifest["files"]["ranks/0/optimizer.bin"]
+    assert entry["bytes"] == 3502
+    oracle = subprocess.run(["sha256sum", folder / "ranks/0/optimizer.bin"], capture_output=True, text=True, timeout=20)
+    assert entry["sha256"] == oracle.stdout.split()[0]
 
 
 def test_steps_sort_as_numbers_and_other_folders_are_left_alone(tmp_path):
     store = CheckpointStore(tmp_path, keep=9)
     for step in (5, 123456789, 40):
         save(store, step)
-    for other in ("step-7", "step-00000007.bak", "exported"):
-        (tmp_path / other).mkdir()
+    (tmp_path / "step-00000007.bak").mkdir()
+    (tmp_path / "step-7").mkdir()
     assert [folder.name for folder in store.list()] == ["step-00000005", "step-00000040", "step-123456789"]
     assert store.discard_partials() == []
     assert (tmp_path / "step-00000007.bak").is_dir()
@@ -76,28 +74,21 @@ def edit_manifest(folder: Path, **changes) -> None:
     (folder / MANIFEST).write_text(json.dumps({**manifest, **changes}, indent=1, sort_keys=True) + "\n")
 
 
+MOMENTS = "ranks/0/optimizer.bin"
 DAMAGES = {
     "a flipped byte": (lambda f: flip_byte(f / "model.bin"), "model.bin", "has changed: its sha256 is"),
-    "a missing file": (lambda f: (f / "ranks/0/optimizer.bin").unlink(), "ranks/0/optimizer.bin", "is missing"),
+    "a missing file": (lambda f: (f / MOMENTS).unlink(), MOMENTS, "is missing"),
     "a file cut short": (lambda f: os.truncate(f / "model.bin", 9), "model.bin", "has 9 bytes instead of 7002"),
     "a folder for a file": (
-        lambda f: ((f / "empty").unlink(), (f / "empty").mkdir()),
+        lambda f: (f / "empty").rename(f / "e") and (f / "empty").mkdir(),
         "empty",
         "is not a file",
     ),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), MANIFEST, "is missing"),
     "a manifest cut short": (lambda f: os.truncate(f / MANIFEST, 50), MANIFEST, "cannot be read (Unterminated"),
-    "an empty manifest": (lambda f: os.truncate(f / MANIFEST, 0), MANIFEST, "cannot be read (Expecting value"),
-    "a manifest that is no text": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), MANIFEST, "cannot be read ('utf"),
-    "a manifest of another kind": (lambda f: (f / MANIFEST).write_text("[]"), MANIFEST, "is of format version None"),
-    "another format version": (
-        lambda f: edit_manifest(f, format_version=2),
-        MANIFEST,
-        "is of format version 2, this program reads 1",
-    ),
+    "another version": (lambda f: edit_manifest(f, format_version=2), MANIFEST, "is of format version 2, this program"),
     "another step": (lambda f: edit_manifest(f, step=21), MANIFEST, "does not match its own checksum"),
     "other metadata": (lambda f: edit_manifest(f, metadata={}), MANIFEST, "does not match its own checksum"),
-    "fewer files": (lambda f: edit_manifest(f, files={}), MANIFEST, "does not match its own checksum"),
 }
 
 
@@ -114,8 +105,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(tmp_pat
     assert error.reason.startswith(reason)
     assert str(error).startswith(f"checkpoint={newer} is damaged: {file} ")
     assert "\n" not in str(error)
-    with pytest.raises(CheckpointDamaged):
-        store.verify(newer)
+    copy = pickle.loads(pickle.dumps(error))  # as Ray brings it from a worker
+    assert (str(copy), copy.folder, copy.file, copy.reason) == (str(error), newer, file, error.reason)
 
 
 def test_every_single_byte_counts(tmp_path):
@@ -130,26 +121,18 @@ def test_every_single_byte_counts(tmp_path):
     assert CheckpointStore(tmp_path).verify(folder) == {"step": 10}
 
 
-def test_a_file_that_is_not_listed_is_tolerated(tmp_path):
-    folder = save(CheckpointStore(tmp_path), 10)
-    (folder / "zero_to_fp32.py").write_text("a recovery script that DeepSpeed drops here")
-    assert CheckpointStore(tmp_path).verify(folder) == {"step": 10}
-
-
 def test_no_checkpoint_at_all(tmp_path):
     store = CheckpointStore(tmp_path / "nothing")
     assert store.newest_good(refuse) is None
     assert store.list() == []
     assert store.discard_partials() == []
+    free = shutil.disk_usage(tmp_path).free
     store.free_space_check()
+    store.free_space_check(1)
+    with pytest.raises(ClusterError, match=f"a checkpoint needs {free * 2:,} bytes and"):
+        store.free_space_check(free * 2)
     with pytest.raises(CheckpointDamaged, match="MANIFEST.json is missing, as is the folder"):
         store.verify(tmp_path / "nothing" / "step-00000010")
-
-
-def test_damage_travels_between_processes(tmp_path):
-    damage = CheckpointDamaged(tmp_path / "step-00000010", "model.bin", "is missing")
-    copy = pickle.loads(pickle.dumps(damage))
-    assert (str(copy), copy.folder, copy.file, copy.reason) == (str(damage), damage.folder, "model.bin", "is missing")
 
 
 def test_what_was_not_written_is_not_sealed(tmp_path):
@@ -185,19 +168,12 @@ def test_the_newest_good_ones_are_kept(tmp_path):
     assert names(store) == ["step-00000020", "step-00000030", "step-00000040"]
     save(store, 50)
     assert names(store) == ["step-00000040", "step-00000050"]
-
-
-def test_a_fresh_store_does_not_take_damaged_ones_for_good(tmp_path):
-    save(CheckpointStore(tmp_path), 10)
-    save(CheckpointStore(tmp_path), 20)
-    content = (tmp_path / "step-00000020" / "model.bin").stat()
-    flip_byte(tmp_path / "step-00000020" / "model.bin")
-    os.utime(tmp_path / "step-00000020" / "model.bin", ns=(content.st_atime_ns, content.st_mtime_ns))
-    save(CheckpointStore(tmp_path, keep=2), 30)
-    assert names(CheckpointStore(tmp_path)) == ["step-00000010", "step-00000020", "step-00000030"]
-
-
-def test_keep_has_to_leave_something(tmp_path):
+    path = tmp_path / "step-00000050" / "model.bin"
+    before = path.stat()
+    flip_byte(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    save(CheckpointStore(tmp_path, keep=2), 60)  # another process: it has seen none of them good and reads them
+    assert names(store) == ["step-00000040", "step-00000050", "step-00000060"]
     with pytest.raises(ValueError, match="keep=0 would delete every checkpoint"):
         CheckpointStore(tmp_path, keep=0)
 
@@ -227,23 +203,19 @@ def test_a_death_at_any_operation_of_sealing_leaves_a_good_checkpoint(tmp_path, 
         partial = store.begin(20)
         (partial / "model.bin").write_bytes(b"new")
         entries = store.file_entries(partial, ["model.bin"])
-        done = 0
+        left = iter(range(last_operation))
 
-        def counted(operation, limit=last_operation):
+        def counted(operation, left=left):
             def run(*arguments, **named):
-                nonlocal done
-                done += 1
-                if done > limit:
+                if next(left, None) is None:
                     raise KilledError
                 return operation(*arguments, **named)
 
             return run
 
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", counted(Path.rename))
-            patch.setattr(os, "fsync", counted(os.fsync))
-            patch.setattr(os, "unlink", counted(os.unlink))
-            patch.setattr(os, "rmdir", counted(os.rmdir))
+            for owner, name in ((Path, "rename"), (os, "fsync"), (os, "unlink"), (os, "rmdir")):
+                patch.setattr(owner, name, counted(getattr(owner, name)))
             try:
                 store.seal(partial, entries, {"step": 20})
                 sealed = True
@@ -255,11 +227,10 @@ def test_a_death_at_any_operation_of_sealing_leaves_a_good_checkpoint(tmp_path, 
         good = fresh.newest_good(refuse)
         assert good is not None, f"nothing good after operation {last_operation}"
         assert all(len(path.name) == len("step-00000010") for path in root.iterdir())
+        assert not sealed or good.name == "step-00000020"
         if sealed:
-            assert good.name == "step-00000020"
             break
-    assert sealed
-    assert died >= 6  # the manifest, its folder, the rename, the root, and the old one's files
+    assert sealed and died >= 6  # the manifest, its folder, the rename, the root, and the old one's files
 
 
 def test_kill_9_in_the_middle_of_writing(tmp_path):
@@ -286,9 +257,7 @@ with open(partial / "model.bin", "wb") as file:
     assert names(store) == ["step-00000010", "step-00000020.partial"]
     fresh = CheckpointStore(tmp_path)
     assert fresh.newest_good(refuse) == good
-    assert fresh.list() == [good]
     leftover = tmp_path / "step-00000020.partial"
-    assert any(leftover.iterdir())
     assert list(fresh.begin(20).iterdir()) == []  # begun again it is empty
     assert fresh.discard_partials() == [leftover]
     assert names(fresh) == ["step-00000010"]
@@ -307,9 +276,9 @@ def mounted(disk: Path) -> list[str]:
 LIMITED = ["sh", "-c", 'ulimit -f 1900; exec "$@"', "sh"]  # in blocks of 512 bytes: another errno, the same end
 
 
-def run_in(surroundings: list[str], script: str, disk: Path) -> dict[str, str]:
+def run_in(surroundings: list[str], script: str, disk: Path, *arguments: str) -> dict[str, str]:
     """Run a script; its lines of "name message"."""
-    command = [*surroundings, sys.executable, "-c", script, str(disk)]
+    command = [*surroundings, sys.executable, "-c", script, str(disk), *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return dict(line.split(" ", 1) for line in done.stdout.splitlines())
@@ -318,6 +287,7 @@ def run_in(surroundings: list[str], script: str, disk: Path) -> dict[str, str]:
 FULL_DISK = """
 import sys
 from pathlib import Path
+import numpy, safetensors.numpy, torch
 from cluster.checkpoints import CheckpointStore, full_disk_named
 from cluster.errors import ClusterError
 
@@ -327,25 +297,20 @@ partial = store.begin(10)
 (partial / "model.bin").write_bytes(b"x" * 900_000)
 good = store.seal(partial, store.file_entries(partial, ["model.bin"]), {"step": 10})
 
-def with_open(path):
-    path.write_bytes(b"x" * 1_500_000)
-
-def with_torch(path):
-    import torch
-    torch.save({"x": torch.zeros(1_500_000, dtype=torch.uint8)}, path)
-
-def with_safetensors(path):
-    import numpy, safetensors.numpy
-    safetensors.numpy.save_file({"x": numpy.zeros(1_500_000, dtype=numpy.uint8)}, path)
-
-for write in (with_open, with_torch, with_safetensors):
+zeros = numpy.zeros(1_500_000, dtype=numpy.uint8)
+writers = {
+    "open": lambda path: path.write_bytes(zeros.tobytes()),
+    "torch": lambda path: torch.save({"x": torch.from_numpy(zeros)}, path),
+    "safetensors": lambda path: safetensors.numpy.save_file({"x": zeros}, path),
+}
+for name in sys.argv[2:]:
     partial = store.begin(20)
     try:
         with full_disk_named(root, 1_500_000):
-            write(partial / "model.bin")
-        print(write.__name__, "wrote it all")
+            writers[name](partial / "model.bin")
+        print(name, "wrote it all")
     except ClusterError as error:
-        print(write.__name__, error)
+        print(name, error)
     store.abandon(partial)
     assert store.newest_good(print) == good
     assert [path.name for path in root.iterdir()] == ["step-00000010"]
@@ -354,25 +319,22 @@ for write in (with_open, with_torch, with_safetensors):
 
 def assert_named(message: str, disk: Path, needed: str) -> None:
     start, end = message.split(" bytes are free; ")
-    assert start.rsplit(" and ", 1)[0] == (
-        f"checkpoint folder={disk}/checkpoints is full: a checkpoint needs {needed} bytes"
-    )
-    assert end == (
-        "free some space, keep fewer checkpoints, or set run.dir to a larger disk. The last good checkpoint is kept"
-    )
+    assert start.startswith(f"checkpoint folder={disk}/checkpoints is full: a checkpoint needs {needed} bytes and ")
+    assert end.startswith("free some space, keep fewer checkpoints, or set run.dir to a larger disk")
 
 
 def test_a_full_disk_is_named_whatever_library_writes(tmp_path):
     disk = tmp_path / "disk"
-    said = run_in(mounted(disk), FULL_DISK, disk)
-    assert list(said) == ["with_open", "with_torch", "with_safetensors"]
+    said = run_in(mounted(disk), FULL_DISK, disk, "open", "torch", "safetensors")
+    assert list(said) == ["open", "torch", "safetensors"]
     for message in said.values():
         assert_named(message, disk, "1,500,000")
 
 
 def test_a_limit_on_the_size_of_files_is_named_too(tmp_path):
-    script = FULL_DISK.replace("(with_open, with_torch, with_safetensors)", "(with_open,)")
-    script += """
+    script = (
+        FULL_DISK
+        + """
 partial = store.begin(30)
 (partial / "model.bin").write_bytes(b"x")
 try:
@@ -381,16 +343,16 @@ except ClusterError as error:
     print("sealing", error)
 assert [path.name for path in root.iterdir()] == ["step-00000010"]
 """
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    said = run_in(LIMITED, script, disk)
-    assert_named(said["with_open"], disk, "1,500,000")
+    )
+    (disk := tmp_path / "disk").mkdir()
+    said = run_in(LIMITED, script, disk, "open")
+    assert_named(said["open"], disk, "1,500,000")
     assert_named(said["sealing"], disk, "1")
 
 
 def test_a_disk_that_fills_up_while_sealing_leaves_the_last_good_one(tmp_path):
     script = """
-import sys
+import shutil, sys
 from pathlib import Path
 from cluster.checkpoints import CheckpointStore
 from cluster.errors import ClusterError
@@ -399,13 +361,7 @@ disk = Path(sys.argv[1])
 store = CheckpointStore(disk / "checkpoints")
 
 def fill(leave):
-    with open(disk / "other", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
-        file.truncate(file.tell() - leave)
+    (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
 
 def save(step):
     partial = store.begin(step)
@@ -434,14 +390,6 @@ print("40", save(40).name)
     assert " and 524,288 bytes are free" in said["20"]
     assert_named(said["30"], disk, "900,000")
     assert said["40"] == "step-00000040"
-
-
-def test_free_space_is_asked_of_the_disk(tmp_path):
-    store = CheckpointStore(tmp_path / "not" / "there" / "yet")
-    free = shutil.disk_usage(tmp_path).free
-    store.free_space_check(1)
-    with pytest.raises(ClusterError, match=f"a checkpoint needs {free * 2:,} bytes and"):
-        store.free_space_check(free * 2)
 
 
 def test_other_errors_pass_unchanged(tmp_path):

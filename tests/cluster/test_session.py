@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -56,6 +57,9 @@ class Driver:
             text=True,
             start_new_session=True,
         )
+        # No wait in these tests is without an end: readline gives "" once the process is gone.
+        self.watchdog = threading.Timer(120, self.process.kill)
+        self.watchdog.start()
 
     def line(self) -> str:
         return self.process.stdout.readline().strip()
@@ -65,6 +69,7 @@ class Driver:
             out, err = self.process.communicate(timeout=timeout)
         finally:
             self.process.kill()
+            self.watchdog.cancel()
         return self.process.returncode, out, err
 
     def remaining(self, wait_s: float = 0) -> list[str]:
@@ -92,7 +97,7 @@ def test_a_local_session_ends_with_all_its_processes_even_after_an_exception(tmp
         """
 before = dict(os.environ)
 try:
-    with RaySession(None, workers=40, cpus_per_worker=2, gpus_per_worker=0, log_dir=folder) as session:
+    with RaySession(None, os.cpu_count() + 1, cpus_per_worker=1, gpus_per_worker=0, log_dir=folder) as session:
         cpus = ray.cluster_resources()["CPU"]
         left_behind = ray.get(leave_a_child.remote(), timeout=60)
         link = folder / "ray-logs"
@@ -115,7 +120,7 @@ print(json.dumps({
     code, out, err = driver.finish()
     assert code == 0, err
     assert json.loads(out) == {
-        "cpus": 81,  # forty workers of two, and one for the controller: more than there are
+        "cpus": os.cpu_count() + 2,  # a worker more than there are CPUs, and one for the controller
         "logs": True,
         "children": [],
         "left_behind": False,
@@ -153,12 +158,13 @@ with RaySession(None, workers=1, cpus_per_worker=1, gpus_per_worker=0, log_dir=f
         codes = {name: driver.finish()[0] for name, driver in drivers.items()}
         assert codes == {"terminated": 143, "starting": 143, "interrupted": -signal.SIGINT, "killed": -signal.SIGKILL}
         # After kill -9 nothing of ours can run; Ray's own processes notice that their driver has gone.
-        wait_s = {"killed": 20}
+        wait_s = {"killed": 60}
         assert {name: driver.remaining(wait_s.get(name, 0)) for name, driver in drivers.items()} == dict.fromkeys(
             names, []
         )
     finally:
         for driver in drivers.values():
+            driver.watchdog.cancel()
             driver.process.kill()
             driver.process.communicate()
 
@@ -181,6 +187,8 @@ def running_cluster(tmp_path_factory):
         text=True,
         start_new_session=True,
     )
+    watchdog = threading.Timer(120, head.kill)
+    watchdog.start()
     try:
         for line in head.stdout:
             if "Ray runtime started" in line:
@@ -189,6 +197,7 @@ def running_cluster(tmp_path_factory):
             pytest.fail("ray start --head ended without starting")
         yield f"127.0.0.1:{port}", home
     finally:
+        watchdog.cancel()
         head.terminate()
         try:
             head.communicate(timeout=30)
@@ -218,7 +227,7 @@ print(json.dumps(said))
 """
     driver = Driver(script, tmp_path, HOME=str(home))
     code, out, err = driver.finish(90)
-    assert code == 0, err
+    assert (code, err) == (0, "")
     *joined, too_small = json.loads(out)
     assert joined == [[True, 3], False, [True, 3], False]
     assert too_small == (
@@ -301,6 +310,12 @@ def test_auto_where_no_ray_runs(tmp_path):
         "cluster.address=auto finds no running cluster; start it with 'ray start --head' or leave cluster.address "
         "empty to run here"
     )
+
+
+def test_auto_names_what_it_found(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    refused, _ = refusal("auto", tmp_path, timeout_s=20, RAY_ADDRESS=address)
+    assert refused.startswith(f"cluster.address=auto ({address}) does not answer; start it with 'ray start --head'")
 
 
 @pytest.mark.parametrize("address", ["head", "head:0", "head:70000", "ray://head:10001", ":6379", ""])

@@ -5,11 +5,13 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from cluster.terminal import quiet_terminal, tail
 
+REPOSITORY = Path(__file__).parents[2]
 LIBC = ctypes.CDLL(None)
 
 
@@ -98,7 +100,7 @@ with quiet_terminal(Path({str(tmp_path / "run.log")!r})) as terminal:
 logging.info("after")
 logging.getLogger("inner").info("made inside, used after")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "before\nafter\n"
     assert done.stdout == "line\nmade inside, used after\n"
@@ -127,7 +129,11 @@ os.write(2, b"restored")
 os._exit(0)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     process.stdout.close()
     process.stdin.close()
@@ -146,7 +152,7 @@ with quiet_terminal(Path({str(tmp_path / "run.log")!r})):
 print(child.pid)
 """
     # subprocess.run returns only when nobody has the pipe open any more.
-    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=20)
     os.kill(int(done.stdout), 9)
 
 

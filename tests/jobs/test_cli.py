@@ -237,6 +237,7 @@ def test_data_without_text_is_refused_before_a_run_folder_is_made(
         (["train", "debug", "train.zero_stage=4"], ["train.zero_stage=4", "use 0 to 3"]),
         (["plan", "debug", "model.hidden_size=30"], ["model.head_dim=7", "use an even one", "model.hidden_size=30"]),
         (["paln", "debug"], ["verb=paln", "did you mean plan?"]),
+        (["bench", "moe", "--no-such-option"], ["--no-such-option", "see mmada bench moe --help"]),
         (["train", "debug", "cluster.address=127.0.0.1:9"], ["cluster.address=127.0.0.1:9", "does not answer"]),
         (["train", "debug", "tracking.uri=http://127.0.0.1:9"], ["tracking.uri=http://127.0.0.1:9"]),
     ],
@@ -273,6 +274,7 @@ def test_help_lists_the_verbs_there_are(capsys: pytest.CaptureFixture[str]):
             {"prompt": "Once upon", "max_new_tokens": 5, "temperature": 0.0, "top_p": 0.95, "seed": 3},
         ),
         ("bench", ["moe", "--shapes", "3", "fast"], {"name": "moe", "rest": ["--shapes", "3", "fast"]}),
+        ("bench", ["moe", "--help"], {"name": "moe", "rest": ["--help"]}),
         ("doctor", ["--deep"], {"deep": True}),
     ],
 )

@@ -223,7 +223,6 @@ def saved_run(folder: Path, *overrides: str) -> None:
         "train.keep_checkpoints=5",
         "train.evaluate_every=5",
         "train.evaluate_rows=5",
-        "train.log_every=5",
         "cluster.workers=1",
         "cluster.max_failures=9",
         "tracking.experiment=other",

@@ -21,6 +21,11 @@ from mmada.presets import build_config
         ({"attention_dropout": 1.5}, "attention_dropout=1.5 is not in [0, 1)"),
         ({"hidden_sise": 64}, "hidden_sise is not a field of the model"),
         ({"hidden_size": "wide"}, "hidden_size"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
+        (
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}},
+            "rope_parameters.rope_type=spiral is unknown",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(overrides, said):

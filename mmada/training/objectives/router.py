@@ -50,9 +50,7 @@ def router_losses(
     The balance loss is taken layer by layer: pooling the layers first, as Mixtral's code does, lets one layer's
     crowd hide another's. ``reduce_load`` sums a tensor of counts over all workers; None means one worker.
     """
-    load_LE = torch.stack(
-        [expert_load(z, top_k, b) for z, b in zip(layer_logits_TE, selection_biases, strict=True)]
-    )
+    load_LE = torch.stack([expert_load(z, top_k, b) for z, b in zip(layer_logits_TE, selection_biases, strict=True)])
     if reduce_load is not None:
         load_LE = reduce_load(load_LE)
     if scope == "sequence":

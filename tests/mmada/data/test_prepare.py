@@ -165,9 +165,7 @@ def test_a_single_document_gives_its_tail_and_says_so(tmp_path):
     prepared = prepare(TextSource("files", str(tmp_path / "only.txt")), ByteTokenizer(), tmp_path / "cache", 0.1)
     assert _documents(prepared.train) == [b"0123456789" * 9]
     assert _documents(prepared.held_out) == [b"0123456789"]
-    assert prepared.metadata["held_out"]["manner"] == (
-        "the tail from byte 90 on, since all the text is one document"
-    )
+    assert prepared.metadata["held_out"]["manner"] == ("the tail from byte 90 on, since all the text is one document")
 
 
 def test_copies_never_straddle_the_split(tmp_path):
@@ -183,8 +181,9 @@ def test_a_hugging_face_tokenizer_in_the_smallest_type(corpus, tmp_path, vocab_s
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     texts = _texts(corpus)
     backend.train_from_iterator([text.decode() for text in texts], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -277,11 +276,14 @@ def test_a_cache_folder_that_is_none(corpus, tmp_path):
     assert f"data.cache_dir={tmp_path / 'file' / 'cache'}: cannot be written (Not a directory)" in _one_line(caught)
 
 
-@pytest.mark.parametrize(("damage", "reason"), [
-    (lambda file: file.unlink(), "train-00000.arrow is missing"),
-    (lambda file: file.write_bytes(file.read_bytes()[:-9]), r"train-00000.arrow has \d+ bytes instead of \d+"),
-    (lambda file: file.write_bytes(b"\0" * file.stat().st_size), "train-00000.arrow: |0 tokens instead of"),
-])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: file.unlink(), "train-00000.arrow is missing"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), r"train-00000.arrow has \d+ bytes instead of \d+"),
+        (lambda file: file.write_bytes(b"\0" * file.stat().st_size), "train-00000.arrow: |0 tokens instead of"),
+    ],
+)
 def test_damaged_data_is_refused_by_name(corpus, tmp_path, damage, reason):
     prepared = prepare(corpus, ByteTokenizer(), tmp_path / "cache")
     folder = prepared.folder
@@ -303,11 +305,14 @@ def test_a_folder_that_holds_nothing_prepared(corpus, tmp_path):
         open_prepared(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "there is no text in it; give a file"),
-    (" \n\t\n", "there is no text in it; give a file"),
-    ("x", "1 bytes of text in 1 documents leave nothing for training; give more text"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "there is no text in it; give a file"),
+        (" \n\t\n", "there is no text in it; give a file"),
+        ("x", "1 bytes of text in 1 documents leave nothing for training; give more text"),
+    ],
+)
 def test_too_little_text(tmp_path, text, message):
     (tmp_path / "t.txt").write_text(text)
     with pytest.raises(DataError) as caught:

@@ -78,7 +78,7 @@ def test_stdlib_is_about_two_megabytes_in_whole_modules_and_topics():
     assert 500 < len(names) < 1000
     assert 1_500_000 < sum(len(text.encode()) for text in documents.values()) < 4_000_000
     assert sum(name.startswith("topic ") for name in names) > 70
-    assert documents["topic assert"].startswith("The \"assert\" statement")
+    assert documents["topic assert"].startswith('The "assert" statement')
     assert documents["module textwrap"].startswith("Text wrapping and filling.\n\nObject for wrapping/filling text.")
     assert not [name for name in names if "test" in name.split(" ")[1].split(".")[:-1]]
     assert not {"module test", "module numpy", "module pip"}.intersection(names)
@@ -104,16 +104,19 @@ def test_stdlib_description_is_stable():
     assert describe(TextSource())["stdlib"] == stdlib_fingerprint()
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"kind": "web"}, "data.source=web is unknown; use stdlib, files or hub"),
-    ({"kind": "files"}, "data.path is missing with data.source=files; give a file or a folder"),
-    ({"kind": "hub"}, "data.path is missing with data.source=hub; give a data set's name"),
-    ({"kind": "stdlib", "path": "x"}, "data.path=x has no meaning with data.source=stdlib; remove it"),
-    ({"kind": "files", "path": "x", "text_field": ""}, "data.text_field is empty; name the field"),
-    ({"kind": "files", "path": "x", "split": "train"}, "data.split=train has a meaning with data.source=hub only"),
-    ({"kind": "stdlib", "config_name": "en"}, "data.config_name=en has a meaning with data.source=hub only"),
-    ({"limit_documents": 0}, "data.limit_documents=0 leaves nothing to read; use 1 or more"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "web"}, "data.source=web is unknown; use stdlib, files or hub"),
+        ({"kind": "files"}, "data.path is missing with data.source=files; give a file or a folder"),
+        ({"kind": "hub"}, "data.path is missing with data.source=hub; give a data set's name"),
+        ({"kind": "stdlib", "path": "x"}, "data.path=x has no meaning with data.source=stdlib; remove it"),
+        ({"kind": "files", "path": "x", "text_field": ""}, "data.text_field is empty; name the field"),
+        ({"kind": "files", "path": "x", "split": "train"}, "data.split=train has a meaning with data.source=hub only"),
+        ({"kind": "stdlib", "config_name": "en"}, "data.config_name=en has a meaning with data.source=hub only"),
+        ({"limit_documents": 0}, "data.limit_documents=0 leaves nothing to read; use 1 or more"),
+    ],
+)
 def test_fields_that_do_not_go_together(fields, message):
     with pytest.raises(DataError) as caught:
         TextSource(**fields)
@@ -145,14 +148,17 @@ def test_text_that_is_not_utf8(tmp_path):
     _expect(_files(tmp_path), f"data.path={tmp_path}/latin.txt: not UTF-8", "byte 0xe9", "iconv")
 
 
-@pytest.mark.parametrize(("line", "parts"), [
-    ('{"text": "no end', ["not JSON", "put one JSON object on each line"]),
-    (b'{"text": "\xe9"}', ["not JSON", "utf-8"]),
-    ('["text"]', ["a JSON list"]),
-    ('{"body": "x", "id": 1}', ["data.text_field=text: no such field in", "use one of body, id"]),
-    ('{"text": 3}', ["data.text_field=text: ", "holds int, not text"]),
-    ('{"text": "\\ud800"}', ["half of a surrogate pair", "'\\ud800'"]),
-])
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ('{"text": "no end', ["not JSON", "put one JSON object on each line"]),
+        (b'{"text": "\xe9"}', ["not JSON", "utf-8"]),
+        ('["text"]', ["a JSON list"]),
+        ('{"body": "x", "id": 1}', ["data.text_field=text: no such field in", "use one of body, id"]),
+        ('{"text": 3}', ["data.text_field=text: ", "holds int, not text"]),
+        ('{"text": "\\ud800"}', ["half of a surrogate pair", "'\\ud800'"]),
+    ],
+)
 def test_jsonl_names_file_and_line(tmp_path, line, parts):
     line = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")

@@ -49,7 +49,10 @@ def test_equals_llama_by_value_and_gradient(pair):
     position_ids = torch.arange(29)[None].expand(2, -1)
     states = torch.randn(2, 29, 48, dtype=torch.float64)
     direction = torch.randn(2, 29, 48, dtype=torch.float64)
-    rotary = {ours: rotary_cos_sin(ours.config, position_ids, torch.float64), theirs: llama_rotary(states, position_ids)}
+    rotary = {
+        ours: rotary_cos_sin(ours.config, position_ids, torch.float64),
+        theirs: llama_rotary(states, position_ids),
+    }
     outputs, gradients = [], []
     for attention in (ours, theirs):
         own = states.clone().requires_grad_()

@@ -27,7 +27,9 @@ def qwen(norm):
     return Qwen3MoeSparseMoeBlock(config), norm
 
 
-@pytest.mark.parametrize("make", [mixtral, lambda: qwen(True), lambda: qwen(False)], ids=["mixtral", "qwen", "qwen-raw"])
+@pytest.mark.parametrize(
+    "make", [mixtral, lambda: qwen(True), lambda: qwen(False)], ids=["mixtral", "qwen", "qwen-raw"]
+)
 @pytest.mark.parametrize("tokens", [1, 63, 100])
 def test_equals_the_oracle_by_value_and_gradient(make, tokens):
     torch.manual_seed(tokens)
@@ -36,9 +38,7 @@ def test_equals_the_oracle_by_value_and_gradient(make, tokens):
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     ours = MoE(
-        MMaDAConfig(
-            hidden_size=D, moe_intermediate_size=F, num_experts=E, num_experts_per_tok=K, norm_topk_prob=norm
-        )
+        MMaDAConfig(hidden_size=D, moe_intermediate_size=F, num_experts=E, num_experts_per_tok=K, norm_topk_prob=norm)
     ).double()
     ours.load_state_dict(theirs.state_dict())
     states = torch.randn(1, tokens, D, dtype=torch.float64)

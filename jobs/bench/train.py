@@ -1,0 +1,255 @@
+"""``mmada bench train``: what the whole stack costs next to a bare PyTorch loop and transformers' Trainer.
+
+Three contenders train the same model on the same batches with the same number of threads, in turns of a few steps:
+Ray Train with DeepSpeed and one worker (in its own process, waiting between its turns), a bare loop, and
+``transformers.Trainer``. Beside their tokens per second stands the share of the machine's matmul peak that they reach,
+the peak being measured in the same turns.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.cli import Parser
+from jobs.recipe import Recipe, load_recipe
+
+STACK, BARE, TRAINER, PEAK = "mmada (Ray Train, DeepSpeed)", "bare PyTorch loop", "transformers.Trainer", "peak"
+_TURN_TIMEOUT_S = 300
+
+
+def run(arguments: list[str]) -> int:
+    """Measure and print; ``arguments`` are the command line's."""
+    parser = Parser(prog="mmada bench train", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default 7)")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a turn (default 6)")
+    parser.add_argument("--json", type=Path, help="write every measurement to this file too")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, as for mmada train")
+    options = parser.parse_args(arguments)
+
+    from cluster.terminal import quiet_terminal
+
+    with tempfile.TemporaryDirectory(prefix="mmada-bench-") as scratch:
+        fixed = [f"run.dir={scratch}", "run.name=bench", "cluster.workers=1", "cluster.expert_parallel=1"]
+        recipe = load_recipe("quickstart", [*fixed, "train.zero_stage=1", *options.overrides])
+        with quiet_terminal(Path(scratch) / "bench.log") as terminal:
+            console = Console(file=terminal, highlight=False)
+            measured, flops = _measure(recipe, Path(scratch), options.rounds, options.steps, console)
+            _show(console, recipe, measured, flops, options)
+    if options.json:
+        options.json.write_text(json.dumps(measured, indent=1) + "\n")
+    return 0
+
+
+def _measure(
+    recipe: Recipe, scratch: Path, rounds: int, steps: int, console: Console
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds per step of every contender's turns (and TFLOP/s under ``peak``); and the model's flops per token."""
+    import os
+
+    import torch
+
+    from jobs.model_building import model_config
+    from jobs.prepared_data import text_source
+    from mmada.data import load_tokenizer, prepare
+    from mmada.model import count_parameters
+
+    threads = recipe.cluster.threads_per_worker or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    prepared = prepare(text_source(recipe), tokenizer, scratch / "data", held_out=recipe.data.held_out).folder
+    config = model_config(recipe)
+    width = config.num_attention_heads * (config.head_dim or 0)
+    attention = config.num_hidden_layers * recipe.train.sequence_length * width
+    flops_per_token = 6 * count_parameters(config)[1] + 12 * attention  # PaLM, arXiv:2204.02311, appendix B
+
+    console.print(f"{threads} threads, {rounds} turns of {steps} steps each; starting Ray …")
+    measured: dict[str, list[float]] = {STACK: [], BARE: [], TRAINER: [], PEAK: []}
+    with _stack_turns(recipe, scratch, prepared, threads) as stack_turn:
+        contenders: dict[str, Callable[[int], float]] = {
+            STACK: stack_turn,
+            BARE: _bare_turn(recipe, prepared),
+            TRAINER: _trainer_turn(recipe, prepared, scratch),
+        }
+        for number in range(rounds + 1):  # the first round warms up and is not kept
+            order = list(contenders)
+            for name in order[number % 3 :] + order[: number % 3]:
+                seconds = contenders[name](steps)
+                if number:
+                    measured[name].append(seconds)
+            measured[PEAK].append(_matmul_tflops())
+    return measured, float(flops_per_token)
+
+
+@contextmanager
+def _stack_turns(recipe: Recipe, scratch: Path, prepared: Path, threads: int) -> Iterator[Callable[[int], float]]:
+    """The whole stack in a Ray Train worker; yields what makes it run some steps and says seconds per step."""
+    from threading import Thread
+
+    from ray.util.queue import Queue
+
+    from cluster.launch import run_workers
+    from cluster.session import RaySession
+
+    (scratch / "bench" / "logs").mkdir(parents=True)
+    with RaySession(None, workers=1, cpus_per_worker=1, gpus_per_worker=0, log_dir=scratch, timeout_s=120):
+        go, done = Queue(actor_options={"num_cpus": 0}), Queue(actor_options={"num_cpus": 0})
+        config = {
+            "recipe": recipe.model_dump(),
+            "run_dir": str(scratch / "bench"),
+            "prepared": str(prepared),
+            "threads": threads,
+            "go": go,
+            "done": done,
+        }
+        trainer = Thread(
+            target=run_workers,
+            args=(_stack_worker, config),
+            kwargs={
+                "workers": 1,
+                "resources_per_worker": {"CPU": 1},
+                "backend": "gloo",
+                "attempt_dir": scratch / "ray" / "bench",
+                "max_failures": 0,
+                "on_message": lambda message: None,
+            },
+            daemon=True,
+        )
+        trainer.start()
+
+        def turn(steps: int) -> float:
+            go.put(steps)
+            return done.get(timeout=_TURN_TIMEOUT_S)
+
+        try:
+            yield turn
+        finally:
+            go.put(0)
+            trainer.join(timeout=60)
+
+
+def _stack_worker(config: dict[str, Any]) -> None:
+    """In the Ray Train worker: steps on request, reports included, as ``mmada train`` does them."""
+    import ray.train
+    import torch
+
+    from jobs.worker import TrainingWorker
+
+    recipe = Recipe.model_validate(config["recipe"])
+    worker = TrainingWorker(
+        recipe, Path(config["run_dir"]), Path(config["prepared"]), torch.device("cpu"), ray.train.report
+    )
+    torch.set_num_threads(config["threads"])
+    step = 0
+    while steps := config["go"].get(timeout=_TURN_TIMEOUT_S):
+        started = time.perf_counter()
+        for _ in range(steps):
+            worker.progress.add(step + 1, worker.train_step(step), None, force=False)
+            step += 1
+        config["done"].put((time.perf_counter() - started) / steps)
+
+
+def _bare_turn(recipe: Recipe, prepared: Path) -> Callable[[int], float]:
+    from jobs.bench.bare_loop import BareLoop
+
+    loop, done = BareLoop(recipe, prepared), 0
+
+    def turn(steps: int) -> float:
+        nonlocal done
+        started = time.perf_counter()
+        for _ in range(steps):
+            loop.step(done)
+            done += 1
+        return (time.perf_counter() - started) / steps
+
+    return turn
+
+
+def _trainer_turn(recipe: Recipe, prepared: Path, scratch: Path) -> Callable[[int], float]:
+    """transformers' Trainer on the same rows; a turn's first step (which sets it up) is not timed."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from jobs.model_building import build_model
+    from mmada.data import global_batch_indices, open_prepared
+
+    train = recipe.train
+    rows, model, done = open_prepared(prepared).train.rows(train.sequence_length), build_model(recipe), 0
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    def turn(steps: int) -> float:
+        nonlocal done
+        batches = []
+        for step in range(done, done + steps + 1):
+            batch = rows.batch(global_batch_indices(recipe.run.seed, step, train.global_batch, len(rows)))
+            batch["sample_ids"] = torch.arange(train.global_batch) + step * train.global_batch
+            batches += [{name: value[row] for name, value in batch.items()} for row in range(train.global_batch)]
+        done += steps
+        clock = Clock()
+        arguments = TrainingArguments(
+            output_dir=str(scratch / "trainer"),
+            per_device_train_batch_size=train.global_batch,
+            max_steps=steps + 1,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.clip_grad_norm,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+            label_names=["shift_labels"],
+        )
+        Trainer(model=model, args=arguments, train_dataset=batches, callbacks=[clock]).train()
+        return (clock.ends[-1] - clock.ends[0]) / steps
+
+    return turn
+
+
+def _matmul_tflops(size: int = 1536, repeats: int = 4) -> float:
+    """Best of a few large float32 matrix products, in TFLOP/s."""
+    import torch
+
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds) / 1e12
+
+
+def _show(console: Console, recipe: Recipe, measured: dict[str, list[float]], flops: float, options: Any) -> None:
+    tokens = recipe.train.global_batch * recipe.train.sequence_length
+    peak = max(measured[PEAK])
+    table = Table(title=f"{tokens} tokens per step, preset {recipe.model.preset}, {flops / 1e6:.1f} MFLOP per token")
+    for column in ("", "tokens/s (median)", "spread (min – max)", "of the bare loop", "of the matmul peak"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in (STACK, BARE, TRAINER):
+        speeds = [tokens / seconds for seconds in measured[name]]
+        # Ratios turn by turn: what slows the machine for a while slows neighbouring turns alike.
+        ratio = statistics.median(b / s for s, b in zip(measured[name], measured[BARE], strict=True))
+        median = statistics.median(speeds)
+        share = median * flops / 1e12 / peak
+        table.add_row(
+            name, f"{median:,.0f}", f"{min(speeds):,.0f} – {max(speeds):,.0f}", f"{ratio:.2f}", f"{share:.0%}"
+        )
+    console.print(table)
+    console.print(
+        f"measured peak: {peak:.3f} TFLOP/s in float32; medians over {options.rounds} turns, taken in rotation"
+    )

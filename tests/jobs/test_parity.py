@@ -1,0 +1,114 @@
+"""One curve: a bare PyTorch loop, ZeRO 0 to 3, one and two workers, expert parallelism 1 and 2.
+
+In fp32 two workers add up half-batch sums where one adds them in a row, so losses differ in the last bits (about 1e-7
+of the value per step). Where a token's second and third expert are that close, rounding flips the choice, and with it
+the loss by some 1e-5. Both kinds are told apart: with every expert chosen there is nothing to flip, and 20 steps must
+agree to 1e-5; with two of four chosen, to 1e-3.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.bench.bare_loop import BareLoop
+from jobs.recipe import Recipe
+from mmada.data import TextSource, load_tokenizer, prepare
+from tests.jobs.workers import run_together, small_recipe
+
+STEPS = 20
+TOPOLOGIES = {  # name: (workers, keys)
+    "1 worker, ZeRO 0": (1, {"train.zero_stage": 0}),
+    "1 worker, ZeRO 1": (1, {"train.zero_stage": 1}),
+    "1 worker, ZeRO 2": (1, {"train.zero_stage": 2}),
+    "1 worker, ZeRO 3": (1, {"train.zero_stage": 3}),
+    "2 workers, ZeRO 0": (2, {"train.zero_stage": 0}),
+    "2 workers, ZeRO 1": (2, {"train.zero_stage": 1}),
+    "2 workers, ZeRO 2": (2, {"train.zero_stage": 2}),
+    "2 workers, ZeRO 3": (2, {"train.zero_stage": 3}),
+    "2 workers, ZeRO 1, experts over 2": (2, {"train.zero_stage": 1, "cluster.expert_parallel": 2}),
+    "2 workers, ZeRO 2, experts over 2": (2, {"train.zero_stage": 2, "cluster.expert_parallel": 2}),
+    "2 workers, ZeRO 3, experts over 2": (2, {"train.zero_stage": 3, "cluster.expert_parallel": 2}),
+}
+TOP_K = {"every expert chosen": (4, 1e-5, 1e-3), "two of four chosen": (2, 1e-3, 5e-2)}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    return prepare(TextSource(kind="stdlib", limit_documents=40), load_tokenizer("bytes"), folder).folder
+
+
+def recipe_of(run_dir: Path, workers: int, top_k: int, keys: dict[str, Any]) -> Recipe:
+    expert_parallel = keys.get("cluster.expert_parallel", 1)
+    fixed = {"cluster.workers": workers, "model.num_experts_per_tok": top_k, "cluster.expert_parallel": expert_parallel}
+    return small_recipe(run_dir, **fixed, **{k: v for k, v in keys.items() if k != "cluster.expert_parallel"})
+
+
+def curves(
+    rank: int, recipes: dict[str, Recipe], prepared: Path, run_dir: Path
+) -> dict[str, list[tuple[float, float]]]:
+    """(loss, gradient norm) of every step of every recipe, one after the other in the same processes."""
+    from jobs.worker import TrainingWorker
+
+    found = {}
+    for name, recipe in recipes.items():
+        folder = run_dir / name.replace(" ", "-")
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        worker = TrainingWorker(recipe, folder, prepared, torch.device("cpu"), lambda message: None)
+        steps = [worker.train_step(step) for step in range(STEPS)]
+        found[name] = [(metrics["loss"], metrics["gradient_norm"]) for metrics in steps]
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare(prepared, tmp_path_factory) -> dict[int, list[tuple[float, float]]]:
+    """The bare loop's curve, by number of chosen experts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder, found = tmp_path_factory.mktemp("bare"), {}
+    for top_k, _, _ in TOP_K.values():
+        loop = BareLoop(recipe_of(folder, 1, top_k, {}), prepared)
+        found[top_k] = [loop.step(step) for step in range(STEPS)]
+    torch.set_num_threads(threads)
+    return found
+
+
+@pytest.fixture(scope="module")
+def stack(prepared, tmp_path_factory) -> dict[tuple[str, int], list[tuple[float, float]]]:
+    """The whole stack's curves, by topology and number of chosen experts."""
+    found = {}
+    for world in (1, 2):
+        for top_k, _, _ in TOP_K.values():
+            folder = tmp_path_factory.mktemp("stack")
+            recipes = {n: recipe_of(folder, w, top_k, keys) for n, (w, keys) in TOPOLOGIES.items() if w == world}
+            for name, curve in run_together(world, curves, recipes, prepared, folder)[0].items():
+                found[name, top_k] = curve
+    return found
+
+
+@pytest.mark.parametrize("choice", sorted(TOP_K))
+@pytest.mark.parametrize("name", sorted(TOPOLOGIES))
+@pytest.mark.timeout(600)
+def test_follows_the_bare_loop(bare, stack, name, choice):
+    top_k, loss_tolerance, norm_tolerance = TOP_K[choice]
+    for step, (ours, plain) in enumerate(zip(stack[name, top_k], bare[top_k], strict=True)):
+        assert ours[0] == pytest.approx(plain[0], rel=loss_tolerance), f"loss of step {step}"
+        assert ours[1] == pytest.approx(plain[1], rel=norm_tolerance), f"gradient norm of step {step}"
+
+
+def test_the_curve_falls(bare):
+    """Equal curves would prove little if nothing were learned."""
+    for curve in bare.values():
+        assert curve[-1][0] < curve[0][0] - 1.0
+
+
+def test_accumulation_changes_nothing_but_rounding(prepared, tmp_path):
+    """With the balance loss taken per sequence: the batch's load is not known before its last micro batch."""
+    keys = {"train.zero_stage": 2, "cluster.expert_parallel": 2, "model.router_balance_scope": "sequence"}
+    recipes = {f"micro {micro}": recipe_of(tmp_path, 2, 4, keys | {"train.micro_batch": micro}) for micro in (1, 2, 4)}
+    found = run_together(2, curves, recipes, prepared, tmp_path)[0]
+    for micro in (1, 2):
+        for ours, whole in zip(found[f"micro {micro}"], found["micro 4"], strict=True):
+            assert ours[0] == pytest.approx(whole[0], rel=1e-5)
