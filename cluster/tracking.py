@@ -69,6 +69,7 @@ class Tracker:
         self.system_metrics_seconds = system_metrics_seconds
         self._writer: _Writer | None = None
         self._monitor: Any = None
+        self._client: Any = None
         check_uri(self.uri)
 
     def start(self, params: Mapping[str, Any]) -> str:
@@ -83,7 +84,7 @@ class Tracker:
         """
         mlflow = _quiet_mlflow()
         with _refusal_named(self.uri, self.experiment):
-            client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            client = self._client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             if self.run_id is None:
                 self.run_id = client.create_run(self._experiment_id(client), run_name=self.run_name).info.run_id
             else:
@@ -110,6 +111,13 @@ class Tracker:
         now = int(time.time() * 1000)
         values = [Metric(name, float(value), now, int(step)) for name, value in metrics.items()]
         self._put(_Item(f"metrics of step {step}", metrics=values))
+
+    def steps_of(self, metric: str) -> set[int]:
+        """Steps at which the started run has recorded a metric."""
+        if self._writer is None or self.run_id is None:
+            raise ValueError(f"steps_of({metric}) was asked of a tracker that is not started")
+        with _refusal_named(self.uri, self.experiment):
+            return {point.step for point in self._client.get_metric_history(self.run_id, metric)}
 
     def figure(self, name: str, figure: Any) -> None:
         """Record a Matplotlib figure as the artifact `figures/<name>.png`. It is drawn now and sent later."""

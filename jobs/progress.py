@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -15,6 +16,20 @@ import torch
 import torch.distributed as dist
 
 from cluster.launch import REPORT_INTERVAL_S
+
+METRICS_FILE = "logs/metrics.jsonl"  # every step's metrics, as the workers knew them
+
+
+def read_metrics(run_dir: Path, up_to: int) -> list[dict[str, Any]]:
+    """The rows of steps 1 to ``up_to`` that the workers wrote down; of a step done twice, the later one."""
+    path = run_dir / METRICS_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = {}
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a killed worker did not finish
+            row = json.loads(line)
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows) if step <= up_to]
 
 
 class Progress:
@@ -32,6 +47,7 @@ class Progress:
         self._last = time.monotonic()
         self._identify(run_dir / "workers.json")
         self._rows_path = run_dir / "logs" / f"rows-{rank}.jsonl"
+        self._metrics_path = run_dir / METRICS_FILE
 
     def note(self, notes: list[str]) -> None:
         """Lines that the driver should show."""
@@ -50,7 +66,10 @@ class Progress:
     def add(self, step: int, metrics: dict[str, float], checkpoint: str | None, *, force: bool) -> None:
         """Take in one step; report if it is time, or at once with ``force``."""
         if self.rank == 0:
-            self._history.append({"step": step, **metrics, **({"checkpoint": checkpoint} if checkpoint else {})})
+            row = {"step": step, **metrics, **({"checkpoint": checkpoint} if checkpoint else {})}
+            self._history.append(row)
+            with self._metrics_path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         if force or self._is_time():
             self._report({"history": self._history} if self.rank == 0 else {})
             self._history = []

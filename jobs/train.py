@@ -18,6 +18,7 @@ from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker
 from jobs.console import RunLine
 from jobs.prepared_data import cache_dir, text_source
+from jobs.progress import read_metrics
 from jobs.recipe import Recipe, RecipeError
 from mmada.data import PreparedText, load_tokenizer, prepare
 from mmada.errors import DataError
@@ -115,8 +116,13 @@ class TrainingRun:
                 timeout_s=cluster.start_timeout,
             ):
                 self._remember(mlflow_run_id=self.tracker.start(self.recipe.model_dump()))
+                self.tracked = self.tracker.steps_of("loss")
                 (self.run_dir / "recipe.yaml").write_text(self.recipe.resolved_yaml())
-                error = self._train()
+                try:
+                    error = self._train()
+                except BaseException:
+                    self.tracker.finish("failed")
+                    raise
             return self._finish(error, log)
 
     def _train(self) -> BaseException | None:
@@ -156,17 +162,27 @@ class TrainingRun:
                 self.line.say(note)
             self.line.begin(message["start"], message["steps"])
             self.record.steps = message["start"]
+            known = {step for step, _ in self.record.loss}
+            for row in read_metrics(self.run_dir, up_to=message["start"]):
+                if row["step"] not in known:  # an earlier driver heard it, or its report was lost with a worker
+                    self._take(row)
         else:
             for row in message["history"]:
-                metrics = self.record.add(row)
-                self.tracker.log(row["step"], metrics)
-                if "checkpoint" in row:
-                    folder = Path(row["checkpoint"])
-                    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                    self.tracker.checkpoint(folder, row["step"], size)
+                metrics = self._take(row)
                 if "bits_per_byte" in row:
                     self.line.update({**row, **metrics})
             self.line.update({k: v for k, v in {**row, **metrics}.items() if k != "bits_per_byte"})
+
+    def _take(self, row: dict[str, Any]) -> dict[str, float]:
+        """Record a step here and, unless it is there, in MLflow; its metrics."""
+        metrics = self.record.add(row)
+        if row["step"] not in self.tracked:
+            self.tracker.log(row["step"], metrics)
+        folder = Path(row.get("checkpoint", ""))
+        if "checkpoint" in row and folder.is_dir():
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            self.tracker.checkpoint(folder, row["step"], size)
+        return metrics
 
     def _finish(self, error: BaseException | None, log: Path) -> int:
         record = self.record

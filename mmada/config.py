@@ -6,7 +6,6 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # those of transformers
 
 

@@ -26,9 +26,10 @@ from torch.nn import functional as F
 
 from mmada.nn.buffers import empty
 
-# Values of the gate and up projections held by one wave. 2 MiB in float32, about one core's second-level cache:
-# of 2^17 .. 2^21 and no waves at all, 2^19 was the fastest or within 2 % of it at each shape of `mmada bench moe`.
-WAVE_NUMEL = 1 << 19
+# Values of the gate and up projections held by one wave: 4 MiB in float32, two cores' second-level caches. Of 2^18 to
+# 2^22, timed on two cores at the shapes of `mmada bench moe`, each is within 3 % of the best; small ones cost calls
+# (and barriers between threads) where experts are many, big ones cost cache misses where tokens are many.
+WAVE_NUMEL = 1 << 20
 
 
 class Experts(nn.Module):
@@ -206,7 +207,7 @@ class _WaveSwiGLU(torch.autograd.Function):
 
     With a route the tokens are gathered wave by wave, and the results weighted and summed by ``embedding_bag`` (one
     pass, sums in a fixed order); without one they lie in order already. ``inward`` is the fused gate and up
-    projection, or the two apart; what they give lies side by side in either case.
+    projection, or the two apart.
     """
 
     @staticmethod
@@ -225,20 +226,20 @@ class _WaveSwiGLU(torch.autograd.Function):
         _, width_D, width_F = w_down.shape
         x_WD = empty(hidden, most_rows, width_D)
         act_WF = empty(hidden, most_rows, width_F)
-        inner_N2F = empty(hidden, num_rows if saves else most_rows, 2 * width_F)
+        inner = [empty(hidden, num_rows if saves else most_rows, w_in.shape[1]) for w_in in inward]
         result_ND = empty(hidden, num_rows, width_D)
         for wave in waves:
             x = _rows_of(hidden, wave, route, out=x_WD)
-            inner = inner_N2F[wave.rows if saves else slice(wave.num_rows)]
-            for w_in, columns in _side_by_side(inward):
-                _mm_each(x.split(wave.counts), w_in.mT[wave.experts], inner[:, columns].split(wave.counts))
-            gate, up = inner.chunk(2, dim=1)
+            projected = [each[wave.rows if saves else slice(wave.num_rows)] for each in inner]
+            for w_in, result in zip(inward, projected, strict=True):
+                _mm_each(x.split(wave.counts), w_in.mT[wave.experts], result.split(wave.counts))
+            gate, up = _gate_and_up(projected)
             act = torch.ops.aten.silu.out(gate, out=act_WF[: wave.num_rows]).mul_(up)
             _mm_each(act.split(wave.counts), w_down.mT[wave.experts], result_ND[wave.rows].split(wave.counts))
         if saves:
             ctx.waves, ctx.num_inward = waves, len(inward)
             routing = () if route is None else (result_ND, weights_TK, *route)
-            ctx.save_for_backward(hidden, inner_N2F, w_down, *inward, *routing)
+            ctx.save_for_backward(hidden, w_down, *inward, *inner, *routing)
         if route is None or weights_TK is None:
             result_ND[waves[-1].rows.stop :].zero_()  # padding
             return result_ND
@@ -247,16 +248,17 @@ class _WaveSwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, inner_N2F, w_down, *others = ctx.saved_tensors
-        inward, routing = others[: ctx.num_inward], others[ctx.num_inward :]
+        hidden, w_down, *others = ctx.saved_tensors
+        inward, inner = others[: ctx.num_inward], others[ctx.num_inward : 2 * ctx.num_inward]
+        routing = others[2 * ctx.num_inward :]
         route = _Route(*routing[2:]) if routing else None
         _, _, needs_hidden, needs_weights, _, needs_down, *needs_inward = ctx.needs_input_grad
 
-        num_rows, most_rows = inner_N2F.shape[0], max(wave.num_rows for wave in ctx.waves)
+        num_rows, most_rows = inner[0].shape[0], max(wave.num_rows for wave in ctx.waves)
         _, width_D, width_F = w_down.shape
         x_WD, grad_WD = empty(hidden, most_rows, width_D), empty(hidden, most_rows, width_D)
         act_WF, grad_act_WF = empty(hidden, most_rows, width_F), empty(hidden, most_rows, width_F)
-        grad_inner_W2F = empty(hidden, most_rows, 2 * width_F)
+        grad_inner = [empty(hidden, most_rows, w_in.shape[1]) for w_in in inward]
         grad_ND = empty(hidden, num_rows, width_D) if needs_hidden else None
         grad_down = empty(w_down, *w_down.shape) if needs_down else None
         grad_inward = [empty(w, *w.shape) if n else None for w, n in zip(inward, needs_inward, strict=True)]
@@ -274,19 +276,21 @@ class _WaveSwiGLU(torch.autograd.Function):
                     torch.sum(product, dim=1, out=grad_weight_N[rows])
                 grad_out.mul_(weight_N1[rows])
             act, grad_act = act_WF[: wave.num_rows], grad_act_WF[: wave.num_rows]
-            grad_inner = grad_inner_W2F[: wave.num_rows]
+            grad_projected = [each[: wave.num_rows] for each in grad_inner]
             _mm_each(grad_out.split(counts), w_down[experts], grad_act.split(counts))
-            _swiglu_backward(inner_N2F[rows], act, grad_act, grad_inner)
+            _swiglu_backward(
+                *_gate_and_up([each[rows] for each in inner]), act, grad_act, *_gate_and_up(grad_projected)
+            )
             if grad_down is not None:
                 _mm_each(grad_out.t().split(counts, dim=1), act.split(counts), grad_down[experts])
             x = _rows_of(hidden, wave, route, out=x_WD)
-            for (w_in, columns), grad_in in zip(_side_by_side(inward), grad_inward, strict=True):
-                grad_projected = grad_inner[:, columns]
+            for place, grad_result in enumerate(grad_projected):
+                grad_in = grad_inward[place]
                 if grad_in is not None:
-                    _mm_each(grad_projected.t().split(counts, dim=1), x.split(counts), grad_in[experts])
+                    _mm_each(grad_result.t().split(counts, dim=1), x.split(counts), grad_in[experts])
                 if grad_ND is not None:
-                    add = columns.start > 0
-                    _mm_each(grad_projected.split(counts), w_in[experts], grad_ND[rows].split(counts), add=add)
+                    add = place > 0
+                    _mm_each(grad_result.split(counts), inward[place][experts], grad_ND[rows].split(counts), add=add)
 
         if route is None:
             if grad_ND is not None:
@@ -304,12 +308,9 @@ def _rows_of(source: Tensor, wave: _Wave, route: _Route | None, *, out: Tensor) 
     return torch.index_select(source, 0, route.token_N[wave.rows], out=out[: wave.num_rows])
 
 
-def _side_by_side(inward: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
-    """Each projection with the columns that its results take."""
-    start = 0
-    for weight in inward:
-        yield weight, slice(start, start + weight.shape[1])
-        start += weight.shape[1]
+def _gate_and_up(projected: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The two results, which lie side by side where the projections are fused."""
+    return projected[0].chunk(2, dim=1) if len(projected) == 1 else projected
 
 
 def _mm_each(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tensor], *, add: bool = False) -> None:
@@ -321,18 +322,18 @@ def _mm_each(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tens
             torch.mm(a, b, out=result)
 
 
-def _swiglu_backward(inner_W2F: Tensor, act_WF: Tensor, grad_act_WF: Tensor, grad_inner_W2F: Tensor) -> None:
-    """From the gradient of the activation: fill in the activation itself and the gradient of what went into it.
+def _swiglu_backward(
+    gate_WF: Tensor, up_WF: Tensor, act_WF: Tensor, grad_act_WF: Tensor, grad_gate_WF: Tensor, grad_up_WF: Tensor
+) -> None:
+    """From the gradient of the activation, fill in the activation itself and the gradients of gate and up.
 
     ``grad_act_WF`` is used up.
     """
-    gate, up = inner_W2F.chunk(2, dim=1)
-    grad_gate, grad_up = grad_inner_W2F.chunk(2, dim=1)
-    silu = torch.ops.aten.silu.out(gate, out=act_WF)
-    torch.mul(grad_act_WF, silu, out=grad_up)
-    act_WF.mul_(up)
-    grad_act_WF.mul_(up)
-    torch.ops.aten.silu_backward.grad_input(grad_act_WF, gate, grad_input=grad_gate)
+    silu = torch.ops.aten.silu.out(gate_WF, out=act_WF)
+    torch.mul(grad_act_WF, silu, out=grad_up_WF)
+    act_WF.mul_(up_WF)
+    grad_act_WF.mul_(up_WF)
+    torch.ops.aten.silu_backward.grad_input(grad_act_WF, gate_WF, grad_input=grad_gate_WF)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -357,7 +358,7 @@ def _grouped_swiglu(rows_ND: Tensor, ends_E: Tensor, w_down: Tensor, *inward: Te
     """The experts on tokens in order, by PyTorch's grouped matrix product: three (or four) kernels in all."""
     ends_E = ends_E.to(torch.int32)
     inner = [F.grouped_mm(rows_ND, weight.mT, offs=ends_E) for weight in inward]
-    gate, up = inner[0].chunk(2, dim=-1) if len(inner) == 1 else inner
+    gate, up = _gate_and_up(inner)
     return F.grouped_mm(F.silu(gate) * up, w_down.mT, offs=ends_E)
 
 
