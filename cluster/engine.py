@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.utils import groups, safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
@@ -44,6 +46,9 @@ class EngineSettings:
     offload_optimizer: bool = False
     expert_parallel: int = 1
     expert_layout: dict[str, Any] | None = None
+    # (tokens sorted by expert, counts, gate, up, down) -> outputs: takes the place of DeepSpeed's loop over the
+    # experts on CPUs; on GPUs DeepSpeed has grouped kernels.
+    expert_ffn: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The configuration handed to ``deepspeed.initialize``."""
@@ -109,6 +114,10 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model, settings.weight_decay), config=config
         )
+        if settings.expert_parallel > 1 and settings.expert_ffn is not None and not torch.cuda.is_available():
+            for module in model.modules():
+                if isinstance(module, GroupedExperts):
+                    module.forward = partial(_experts_on_cpu, module, settings.expert_ffn)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # steps of 1e-3 would be lost in 16 bits
                 buffer.data = buffer.data.float()
@@ -241,6 +250,10 @@ class Engine:
         parts = [torch.empty_like(local_EFD) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, local_EFD.contiguous(), group=group)
         return torch.cat(parts, dim=0)
+
+
+def _experts_on_cpu(experts: GroupedExperts, ffn: Callable[..., Tensor], x: Tensor, counts: Tensor) -> Tensor:
+    return ffn(x, counts, experts.w1, experts.w3, experts.w2)
 
 
 def _read_universal(saved: dict[tuple[str, str | None], Path], canonical: str, part: str | None, key: str) -> Tensor:

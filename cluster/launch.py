@@ -6,6 +6,7 @@ driver, where alone the terminal and MLflow are spoken to.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -68,8 +69,7 @@ def run_workers(
     if attempt_dir.exists():
         raise ClusterError(f"attempt_dir={attempt_dir} exists already; give a folder of its own to every attempt")
     queue = Queue(actor_options={"num_cpus": 0})
-    done = threading.Event()
-    listener = threading.Thread(target=_listen, args=(queue, done, on_message), daemon=True)
+    listener = _Listener(queue, on_message)
     listener.start()
     trainer = TorchTrainer(
         worker,
@@ -96,21 +96,41 @@ def run_workers(
         failures = getattr(error, "worker_failures", None) or {}
         first = failures[min(failures)] if failures else error
         raise WorkersFailed(_last_line(first)) from error
+    except ray.exceptions.RayError as error:  # the cluster went away under the run
+        raise WorkersFailed(f"Ray was lost: {_last_line(error)}") from error
     finally:
-        done.set()
-        listener.join(timeout=30)
-        queue.shutdown(force=True)
+        listener.close()
+        with contextlib.suppress(ray.exceptions.RayError):
+            queue.shutdown(force=True)
+    if listener.failure is not None:
+        raise listener.failure
 
 
-def _listen(queue: Queue, done: threading.Event, on_message: Callable[[dict[str, Any]], None]) -> None:
-    """Hand messages on until the run is over and the queue is empty."""
-    while True:
-        try:
-            message = queue.get(timeout=0.5)
-        except Empty:
-            if done.is_set():
-                return
-            continue
-        except ray.exceptions.RayActorError:
-            return  # Ray itself is going down
-        on_message(message)
+class _Listener(threading.Thread):
+    """Hands messages on until the run is over and the queue is empty; what the receiver raised is kept."""
+
+    def __init__(self, queue: Queue, on_message: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(name="mmada-listener", daemon=True)
+        self._queue, self._on_message = queue, on_message
+        self._done = threading.Event()
+        self.failure: Exception | None = None
+
+    def close(self) -> None:
+        """Hear what is still in the queue, for half a minute at most."""
+        self._done.set()
+        self.join(timeout=30)
+
+    def run(self) -> None:
+        while True:
+            try:
+                message = self._queue.get(timeout=0.5)
+            except Empty:
+                if self._done.is_set():
+                    return
+                continue
+            except ray.exceptions.RayError:
+                return  # Ray itself is going down, and the run with it
+            try:
+                self._on_message(message)
+            except Exception as error:
+                self.failure = self.failure or error

@@ -139,7 +139,7 @@ class TrainingRun:
                 {
                     "recipe": self.recipe.model_dump(),
                     "run_dir": str(self.run_dir),
-                    "prepared": str(self.prepared.folder),
+                    "prepared": str(self.prepared.folder.resolve()),
                 },
                 workers=cluster.workers,
                 resources_per_worker=resources,

@@ -27,6 +27,7 @@ from jobs.model_building import build_model
 from jobs.progress import Progress
 from jobs.recipe import Recipe
 from mmada.data import global_batch_indices, load_tokenizer, open_prepared, rank_slice
+from mmada.nn.experts import expert_ffn_sorted
 from mmada.training.schedules import warmup_cosine
 
 
@@ -67,6 +68,7 @@ def engine_settings(recipe: Recipe, expert_layout: dict[str, Any]) -> EngineSett
         offload_optimizer=train.offload_optimizer,
         expert_parallel=cluster.expert_parallel,
         expert_layout=expert_layout,
+        expert_ffn=expert_ffn_sorted,
     )
 
 

@@ -278,9 +278,8 @@ class _WaveSwiGLU(torch.autograd.Function):
             act, grad_act = act_WF[: wave.num_rows], grad_act_WF[: wave.num_rows]
             grad_projected = [each[: wave.num_rows] for each in grad_inner]
             _mm_each(grad_out.split(counts), w_down[experts], grad_act.split(counts))
-            _swiglu_backward(
-                *_gate_and_up([each[rows] for each in inner]), act, grad_act, *_gate_and_up(grad_projected)
-            )
+            gate, up = _gate_and_up([each[rows] for each in inner])
+            _swiglu_backward(gate, up, act, grad_act, *_gate_and_up(grad_projected))
             if grad_down is not None:
                 _mm_each(grad_out.t().split(counts, dim=1), act.split(counts), grad_down[experts])
             x = _rows_of(hidden, wave, route, out=x_WD)
@@ -308,9 +307,10 @@ def _rows_of(source: Tensor, wave: _Wave, route: _Route | None, *, out: Tensor) 
     return torch.index_select(source, 0, route.token_N[wave.rows], out=out[: wave.num_rows])
 
 
-def _gate_and_up(projected: Sequence[Tensor]) -> Sequence[Tensor]:
+def _gate_and_up(projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The two results, which lie side by side where the projections are fused."""
-    return projected[0].chunk(2, dim=1) if len(projected) == 1 else projected
+    gate, up = projected[0].chunk(2, dim=1) if len(projected) == 1 else projected
+    return gate, up
 
 
 def _mm_each(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tensor], *, add: bool = False) -> None:

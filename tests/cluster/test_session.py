@@ -187,7 +187,7 @@ def running_cluster(tmp_path_factory):
         text=True,
         start_new_session=True,
     )
-    watchdog = threading.Timer(120, head.kill)
+    watchdog = threading.Timer(600, head.kill)
     watchdog.start()
     try:
         for line in head.stdout:

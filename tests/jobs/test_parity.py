@@ -112,3 +112,35 @@ def test_accumulation_changes_nothing_but_rounding(prepared, tmp_path):
     for micro in (1, 2):
         for ours, whole in zip(found[f"micro {micro}"], found["micro 4"], strict=True):
             assert ours[0] == pytest.approx(whole[0], rel=1e-5)
+
+
+VARIANTS = {  # name: (keys, relative tolerance of the loss)
+    "offload, ZeRO 2": ({"train.zero_stage": 2, "train.offload_optimizer": True}, 1e-5),
+    "checkpointing, ZeRO 3, experts over 2": (
+        {"train.zero_stage": 3, "cluster.expert_parallel": 2, "train.gradient_checkpointing": True},
+        1e-5,
+    ),
+    # 8 bits of mantissa in weights and activations: 2^-8 of the value is what may differ.
+    "bf16, ZeRO 1": ({"train.zero_stage": 1, "train.precision": "bf16"}, 2**-8),
+    "bf16, ZeRO 2, experts over 2": (
+        {"train.zero_stage": 2, "cluster.expert_parallel": 2, "train.precision": "bf16"},
+        2**-8,
+    ),
+    "bf16, ZeRO 3, experts over 2": (
+        {"train.zero_stage": 3, "cluster.expert_parallel": 2, "train.precision": "bf16"},
+        2**-8,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def variants(prepared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("variants")
+    recipes = {name: recipe_of(folder, 2, 4, keys) for name, (keys, _) in VARIANTS.items()}
+    return run_together(2, curves, recipes, prepared, folder)[0]
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_offload_checkpointing_and_bf16_follow_the_bare_loop(bare, variants, name):
+    for step, (ours, plain) in enumerate(zip(variants[name], bare[4], strict=True)):
+        assert ours[0] == pytest.approx(plain[0], rel=VARIANTS[name][1]), f"loss of step {step}"

@@ -14,16 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.cluster.test_session import running_cluster  # noqa: F401 (a fixture)
 from tests.jobs.test_resume import rows_read, tensors_of
 
 TIMEOUT_S = 240
 MMADA = [sys.executable, "-m", "jobs.cli"]
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen:
-    keys = [f"run.dir={folder}", "data.limit_documents=60", "cluster.threads_per_worker=1", *overrides]
+def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen:
+    keys = ["run.dir=.", "data.limit_documents=60", "cluster.threads_per_worker=1", *overrides]
     return subprocess.Popen(
-        [*MMADA, "train", "debug", *keys], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+        [*MMADA, "train", "debug", *keys],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=os.environ | environment,
     )
 
 
@@ -127,7 +133,7 @@ def test_a_killed_worker_costs_nothing_but_time(whole, runs):
     victims = json.loads((run_dir / "workers.json").read_text())
     os.kill(victims[1]["pid"], signal.SIGKILL)
     code, out, err = finish(process)
-    assert (code, err) == (0, ""), out
+    assert (code, err) == (0, ""), out + err
     assert "failed" in out and "going on from step-00000010" in out
     assert {w["pid"] for w in json.loads((run_dir / "workers.json").read_text())}.isdisjoint(w["pid"] for w in victims)
 
@@ -191,3 +197,14 @@ def test_a_used_name_is_refused_in_one_line(whole, runs):
     code, out, err = finish(start(runs, "run.name=whole"))
     assert code == 2 and out == ""
     assert err.count("\n") == 1 and "run.name=whole" in err and "run.resume=true" in err
+
+
+@pytest.mark.timeout(TIMEOUT_S)
+def test_a_running_cluster_is_joined_and_gives_the_same_curve(whole, runs, running_cluster):  # noqa: F811
+    address, home = running_cluster
+    code, out, err = finish(start(runs, "run.name=joined", f"cluster.address={address}", HOME=str(home)))
+    assert (code, err) == (0, ""), out + err
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole[3], runs / "joined")]
+    assert summaries[0]["metrics"]["loss"] == summaries[1]["metrics"]["loss"]
+    assert summaries[0]["metrics"]["bits_per_byte"] == summaries[1]["metrics"]["bits_per_byte"]
+    assert processes_of(runs / "joined") == []
