@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
         fixed = [f"run.dir={scratch}", "run.name=bench", "cluster.workers=1", "cluster.expert_parallel=1"]
         recipe = load_recipe("quickstart", [*fixed, "train.zero_stage=1", *options.overrides])
         with quiet_terminal(Path(scratch) / "bench.log") as terminal:
-            console = Console(file=terminal, highlight=False)
+            console = Console(file=terminal, highlight=False, width=100)
             measured, flops = _measure(recipe, Path(scratch), options.rounds, options.steps, console)
             _show(console, recipe, measured, flops, options)
     if options.json:
