@@ -109,6 +109,9 @@ class Engine:
         self._gradient_norm = 0.0
         # Without ZeRO in fp32 DeepSpeed steps the optimizer itself: no partitions, and no norm kept.
         self._is_plain = settings.zero_stage == 0 and settings.precision == "fp32"
+        # An all-reduce for inference, which DeepSpeed would compile whenever a CPU is trained on (a minute and a
+        # gigabyte for every worker) and training never calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         config = settings.deepspeed_config()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(

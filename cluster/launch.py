@@ -23,6 +23,8 @@ from cluster.errors import ClusterError
 # Ray Train's controller takes one report from each worker about every two seconds, and a worker that reports
 # faster waits for it; what a worker has to say is therefore gathered and sent at this interval.
 REPORT_INTERVAL_S = 2.5
+# A worker group that finds no room within Ray Train's minute is tried this often before the run fails.
+START_ATTEMPTS = 3
 
 
 class _Forward(UserCallback):
@@ -83,7 +85,7 @@ def run_workers(
         run_config=RunConfig(
             name=attempt_dir.name,
             storage_path=str(attempt_dir.parent),
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=START_ATTEMPTS - 1),
             callbacks=[_Forward(queue)],
         ),
     )
@@ -94,7 +96,9 @@ def run_workers(
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
-        first = failures[min(failures)] if failures else error
+        # One worker's full disk is the others' lost connection: what was named comes before what followed from it.
+        named = [rank for rank in sorted(failures) if "ClusterError" in str(failures[rank])]
+        first = failures[named[0] if named else min(failures)] if failures else error
         raise WorkersFailed(_last_line(first)) from error
     except ray.exceptions.RayError as error:  # the cluster went away under the run
         raise WorkersFailed(f"Ray was lost: {_last_line(error)}") from error

@@ -60,24 +60,6 @@ def quiet_terminal(log_path: Path) -> Iterator[TextIO]:
             terminal.close()
 
 
-def tail(log_path: Path, lines: int = 20) -> str:
-    """The last lines of a log, for an error report; "" where there is no such file.
-
-    Only the last 256 KiB are read. Of a line rewritten in place (a progress bar) the last state is given.
-    """
-    try:
-        with open(log_path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            text = file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
-    shown = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
-    if shown and not shown[-1]:
-        shown.pop()
-    return "\n".join(shown[-lines:])
-
-
 def _on_descriptor(stream: TextIO | None, descriptor: int) -> TextIO | None:
     """`stream` if it writes to that descriptor, else a new one that does.
 

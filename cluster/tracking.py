@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import tempfile
 import threading
 import time
@@ -16,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError
+from cluster.tracking_uri import check_uri, shown, sqlite_path
 
 METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_LENGTH = 1000, 100, 6000  # MLflow's own limits
 FLUSH_SECONDS = 1.0  # metrics of this long go up together
 LONGEST_PAUSE = 30.0  # between two tries at a server that does not take them
-PREFLIGHT_SECONDS = 10.0
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "NOT_FOUND"}
-WEB = re.compile(r"https?://(\S+@)?(\[[\da-f:]+\]|[^/:\s]+)(:(?P<port>\d+))?(/\S*)?")
 STATUS = {"done": "FINISHED", "failed": "FAILED"}
 
 # Where the user has not said otherwise. MLflow itself tries a request for minutes; here the writer tries again.
@@ -162,7 +160,7 @@ class Tracker:
     def _experiment_id(self, client: Any) -> str:
         from mlflow.exceptions import MlflowException
 
-        beside = _sqlite_path(self.uri).parent / "mlartifacts"
+        beside = sqlite_path(self.uri).parent / "mlartifacts"
         location = beside.as_uri() if self.uri.startswith("sqlite:") else None  # a server knows its own place
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
@@ -173,24 +171,6 @@ class Tracker:
                     raise
                 found = client.get_experiment_by_name(self.experiment)  # another run was faster
         return found.experiment_id
-
-
-def check_uri(uri: str) -> None:
-    """Find out within ten seconds whether runs can be recorded there.
-
-    Raises:
-        ClusterError: names tracking.uri, what is wrong with it and what to do.
-    """
-    web = WEB.fullmatch(uri)
-    if web:
-        _check_server(uri, web["port"])
-    elif uri.startswith("sqlite:///") and uri != "sqlite:///":
-        _check_file(uri)
-    else:
-        raise ClusterError(
-            f"tracking.uri={_shown(uri)} is no place that runs can be recorded in; use http://host:port, "
-            "sqlite:///file.db, or leave tracking.uri empty to use a file here"
-        )
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -308,7 +288,7 @@ def _refusal_named(uri: str, experiment: str) -> Iterator[None]:
         if code == "RESOURCE_DOES_NOT_EXIST":
             remedy = "give the tracking.uri that the run was started with, start a new one under another run.name"
         raise ClusterError(
-            f"tracking.uri={_shown(uri)} refuses the run in tracking.experiment={experiment} ({_first_line(error)}); "
+            f"tracking.uri={shown(uri)} refuses the run in tracking.experiment={experiment} ({_first_line(error)}); "
             f"{remedy}, or leave tracking.uri empty to use a file here"
         ) from error
 
@@ -346,60 +326,3 @@ def _system_metrics(run_id: str, uri: str, seconds: float, log: Callable[[int, d
                 monitor.clear_metrics()
 
     return Monitor(run_id, sampling_interval=seconds, resume_logging=True, tracking_uri=uri)
-
-
-def _check_server(uri: str, port: str | None) -> None:
-    import requests
-
-    outcome = ["does not answer"]
-
-    def ask() -> None:
-        try:
-            answer = requests.get(f"{uri.rstrip('/')}/health", timeout=PREFLIGHT_SECONDS / 2)
-        except requests.exceptions.SSLError:
-            outcome[0] = ""  # it answers; whether its certificate is trusted is for MLflow's own settings
-        except requests.exceptions.RequestException:
-            return
-        else:
-            wants_login = answer.status_code in (401, 403)  # MLflow's client has the credentials, this request not
-            fine = wants_login or (answer.ok and answer.text.strip() == "OK")
-            outcome[0] = "" if fine else f"answers, but not as an MLflow server (HTTP {answer.status_code})"
-
-    # In a thread: neither the search for a host's name nor an answer in drops ends with the timeout of requests.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(PREFLIGHT_SECONDS)
-    if outcome[0]:
-        start = f"'mlflow server --port {port}'" if port else "'mlflow server'"
-        raise ClusterError(
-            f"tracking.uri={_shown(uri)} {outcome[0]}; start it with {start} or leave tracking.uri empty to use a file "
-            "here"
-        )
-
-
-def _check_file(uri: str) -> None:
-    path = ancestor = _sqlite_path(uri)
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    wrong = ""
-    if not os.access(ancestor, os.W_OK if ancestor == path else os.W_OK | os.X_OK):
-        wrong = f"cannot be written: {ancestor} does not allow it"
-    elif ancestor == path and not path.is_file():
-        wrong = "is not a file"
-    elif ancestor == path:
-        with open(path, "rb") as file:
-            if file.read(16) not in (b"", b"SQLite format 3\0"):  # MLflow would try for more than a minute
-                wrong = "is a file of another kind"
-    if wrong:
-        raise ClusterError(
-            f"tracking.uri={uri} {wrong}; name another file, or leave it empty to use one beside run.dir"
-        )
-
-
-def _sqlite_path(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///").split("?")[0]).absolute()
-
-
-def _shown(uri: str) -> str:
-    """The address without a password that it may hold."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:…@", uri)

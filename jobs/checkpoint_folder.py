@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from cluster.checkpoints import CheckpointStore
@@ -22,6 +23,8 @@ def model_folder(checkpoint: str) -> Path:
     if (folder / "checkpoints").is_dir():
         damaged: list[str] = []
         newest = CheckpointStore(folder / "checkpoints").newest_good(lambda d: damaged.append(str(d)))
+        for line in damaged:
+            print(f"mmada: {line}; taking the one before", file=sys.stderr)
         if newest is None:
             reason = damaged[0] if damaged else "the run saved none"
             raise ClusterError(f"checkpoint={checkpoint} holds no good checkpoint ({reason}); train it further first")
@@ -34,7 +37,14 @@ def model_folder(checkpoint: str) -> Path:
         raise ClusterError(
             f"checkpoint={checkpoint} holds no model; give a checkpoint, a run's folder or a saved model"
         )
-    model_type = json.loads(config.read_text()).get("model_type")
+    try:
+        model_type = json.loads(config.read_text()).get("model_type")
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"checkpoint={checkpoint} has an unreadable config.json; give an undamaged folder"
+        ) from error
+    if not list(folder.glob("*.safetensors")):
+        raise ClusterError(f"checkpoint={checkpoint} has no weights (*.safetensors); give an undamaged folder")
     if model_type != "mmada":
         raise ClusterError(f"checkpoint={checkpoint} holds a model of type {model_type}; give one that mmada trained")
     return folder

@@ -6,7 +6,6 @@ A checkpoint folder holds ``engine/`` (DeepSpeed's shards), ``model/`` (config, 
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from cluster.checkpoints import CheckpointStore, full_disk_named
 from cluster.engine import Engine, EngineSettings, check_topology_change, to_universal, topology
+from cluster.errors import ClusterError
 
 
 @dataclass
@@ -72,7 +72,7 @@ def save(
     rank: int,
     world: int,
 ) -> Path:
-    """Write a checkpoint aside, check it, make it current. All ranks call it; every rank hashes what it wrote."""
+    """Write a checkpoint aside, check it, make it current. All ranks call it, and share out the checksums."""
     shared: list[Any] = [store.begin(step) if rank == 0 else None]
     dist.broadcast_object_list(shared, src=0)
     partial = Path(shared[0])
@@ -83,14 +83,17 @@ def save(
             tensors = {name: tensor for name, tensor in engine.named_full_tensors() if rank == 0}
             if rank == 0:
                 write_model(partial / "model", tensors, engine.module.config, tokenizer)
-    except BaseException:
-        with contextlib.suppress(OSError):  # another rank may still be writing; the next start removes what is left
+    except ClusterError:
+        if rank == 0:  # the others leave it to the next start: rank 0 may still be writing
             store.abandon(partial)
         raise
     dist.barrier()
-    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    files: list[Any] = [None]
+    if rank == 0:
+        files[0] = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    dist.broadcast_object_list(files, src=0)
     entries: list[Any] = [None] * world
-    dist.all_gather_object(entries, store.file_entries(partial, files[rank::world]))
+    dist.all_gather_object(entries, store.file_entries(partial, files[0][rank::world]))
     sealed: list[Any] = [None]
     if rank == 0:
         merged = {name: entry for part in entries for name, entry in part.items()}
@@ -118,9 +121,12 @@ def restore(engine: Engine, resume: Resume, rank: int) -> int:
     assert resume.folder is not None and resume.engine_folder is not None
     if resume.same_topology:
         engine.load(resume.engine_folder)
-        _set_generators(torch.load(resume.folder / f"random-{rank}.pt", weights_only=False))
     else:
         engine.load_universal(resume.engine_folder, resume.step, _read_model(resume.folder / "model"))
+    own = resume.folder / f"random-{rank}.pt"
+    if resume.same_topology and own.exists():
+        _set_generators(torch.load(own, weights_only=False))
+    else:
         # Generators of other workers mean nothing here; what they feed (dropout) starts from a state of its own.
         torch.manual_seed(resume.step * 1_000_003 + rank)
     return resume.step

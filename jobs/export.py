@@ -11,14 +11,18 @@ from jobs.checkpoint_folder import model_folder
 
 def run(checkpoint: str, directory: str) -> int:
     """Copy the Hugging Face folder of ``checkpoint`` to ``directory``, which must not hold anything yet."""
-    source, target = model_folder(checkpoint), Path(directory)
+    source, target = model_folder(checkpoint), Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ClusterError(f"directory={directory} is not empty; give a new one")
-    target.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(target.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside)
-    target.rmdir()
-    aside.rename(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(source, aside)
+        if target.exists():
+            target.rmdir()
+        aside.rename(target)
+    except OSError as error:
+        raise ClusterError(f"directory={directory} cannot be written ({error.strerror}); give another one") from error
     print(f"{target}  load it with AutoModelForCausalLM.from_pretrained after `import mmada.model`")
     return 0

@@ -39,8 +39,10 @@ class Progress:
     with the others in a reduction of one number.
     """
 
-    def __init__(self, rank: int, world: int, run_dir: Path, report: Callable[[dict[str, Any]], None]) -> None:
-        self.rank, self.world, self._send = rank, world, report
+    def __init__(
+        self, rank: int, world: int, run_dir: Path, device: torch.device, report: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.rank, self.world, self._device, self._send = rank, world, device, report
         self._history: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self._rows_log: TextIO | None = None
@@ -75,7 +77,8 @@ class Progress:
             self._history = []
 
     def _is_time(self) -> bool:
-        due = torch.tensor([float(self.rank == 0 and time.monotonic() - self._last > REPORT_INTERVAL_S)])
+        is_time = self.rank == 0 and time.monotonic() - self._last > REPORT_INTERVAL_S
+        due = torch.tensor([float(is_time)], device=self._device)
         if self.world > 1:
             dist.all_reduce(due)
         return bool(due.item())

@@ -32,7 +32,6 @@ CHANGEABLE_ON_RESUME = {
     "train.steps",
     "train.micro_batch",
     "train.zero_stage",
-    "train.offload_optimizer",
     "train.gradient_checkpointing",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -237,7 +236,9 @@ def check_run(recipe: Recipe) -> None:
         raise RecipeError(f"run.dir={recipe.run.dir} cannot be written to ({parent}); give another folder")
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"run.name={recipe.run.name} is a file ({folder}); choose another run.name")
-    used = folder.is_dir() and any(folder.iterdir())
+    # A start that was cut short leaves logs and nothing to go on with: such a folder is free.
+    begun = any((folder / part).exists() for part in (RESOLVED_RECIPE, "checkpoints", "run.json"))
+    used = begun or (folder.is_dir() and any(entry.name != "logs" for entry in folder.iterdir()))
     if not recipe.run.resume:
         if used:
             raise RecipeError(
@@ -258,6 +259,11 @@ def check_resumed(recipe: Recipe, saved: Path) -> None:
     except ValueError as error:
         raise RecipeError(f"run.resume=true cannot read {saved}; restore it, or choose another run.name") from error
     now = recipe.flattened()
+    if before["train.zero_stage"] == 0 and now["train.zero_stage"] != 0:
+        raise RecipeError(
+            f"train.zero_stage={now['train.zero_stage']} cannot take up checkpoints of ZeRO stage 0; "
+            "use train.zero_stage=0 as then, or choose another run.name"
+        )
     for key in sorted(before.keys() | now.keys()):
         if key in CHANGEABLE_ON_RESUME or key.startswith(("cluster.", "tracking.")) or before.get(key) == now.get(key):
             continue

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import lzma
 import math
+import os
+import shlex
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from cluster.tracking import Tracker
 from jobs.console import RunLine
 from jobs.prepared_data import cache_dir, text_source
 from jobs.progress import read_metrics
-from jobs.recipe import Recipe, RecipeError
+from jobs.recipe import RESOLVED_RECIPE, Recipe
 from mmada.data import PreparedText, load_tokenizer, prepare
 from mmada.errors import DataError
 from mmada.plots.learning_curve import learning_curve
@@ -33,8 +36,8 @@ class RunRecord:
 
     steps: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    loss: list[tuple[int, float]] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
+    loss: dict[int, float] = field(default_factory=dict)  # by step
+    held_out: dict[int, float] = field(default_factory=dict)
     checkpoint: str | None = None
     tokens: int = 0
     training_seconds: float = 0.0
@@ -45,12 +48,13 @@ class RunRecord:
         self.checkpoint = row.get("checkpoint", self.checkpoint)
         metrics = {k: v for k, v in row.items() if k not in ("step", "checkpoint", "tokens") and math.isfinite(v)}
         metrics["tokens_per_second"] = row["tokens"] / row["step_seconds"]
-        self.tokens += row["tokens"]
-        self.training_seconds += row["step_seconds"]
-        self.loss.append((step, row["loss"]))
+        if step not in self.loss:  # a step done twice counts once
+            self.tokens += row["tokens"]
+            self.training_seconds += row["step_seconds"]
+        self.loss[step] = row["loss"]
         self.metrics["loss"] = row["loss"]
         if "bits_per_byte" in row:
-            self.held_out.append((step, row["bits_per_byte"]))
+            self.held_out[step] = row["bits_per_byte"]
             self.metrics["bits_per_byte"] = row["bits_per_byte"]
         self.metrics["tokens_per_second"] = self.tokens / self.training_seconds
         return metrics
@@ -68,14 +72,16 @@ def run(recipe: Recipe) -> int:
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         return TrainingRun(recipe, run_dir, prepared).run()
-    except (RecipeError, DataError, ClusterError):
-        if is_new:
+    except BaseException:
+        if is_new and not (run_dir / RESOLVED_RECIPE).exists():  # nothing has begun: leave nothing behind
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
 
 
 def _work(config: dict[str, Any]) -> None:
     """What runs in every worker. Imported there: the driver never loads DeepSpeed, which talks when it is loaded."""
+    if not config["recipe"]["cluster"]["gpus_per_worker"]:  # also where there are GPUs that others use
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     from jobs.worker import train_worker
 
     train_worker(config)
@@ -87,8 +93,17 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, run_dir: Path, prepared: PreparedText) -> None:
         self.recipe, self.run_dir, self.prepared = recipe, run_dir, prepared
         self.record = RunRecord()
+        self.tracked: set[int] = set()  # steps whose metrics MLflow has
         self.state_file = run_dir / "run.json"
         self.state: dict[str, Any] = json.loads(self.state_file.read_text()) if self.state_file.exists() else {}
+        if self.state.get("data", prepared.fingerprint) != prepared.fingerprint:
+            raise DataError(
+                f"data.path={recipe.data.path} no longer holds the text that run.name={recipe.run.name} began with "
+                f"(its fingerprint was {self.state['data']}); restore it, or choose another run.name"
+            )
+        if self.state:  # what is known of a run that goes on, should nothing more be heard of it
+            for row in read_metrics(run_dir, up_to=sys.maxsize):
+                self.record.add(row)
 
     def run(self) -> int:
         """Start everything, train, write the summary; 0 if all steps were done, 1 if not."""
@@ -115,12 +130,14 @@ class TrainingRun:
                 log_dir=self.run_dir / "logs",
                 timeout_s=cluster.start_timeout,
             ):
-                self._remember(mlflow_run_id=self.tracker.start(self.recipe.model_dump()))
+                mlflow_run_id = self.tracker.start(self.recipe.model_dump())
+                self._remember(mlflow_run_id=mlflow_run_id, data=self.prepared.fingerprint)
                 self.tracked = self.tracker.steps_of("loss")
-                (self.run_dir / "recipe.yaml").write_text(self.recipe.resolved_yaml())
+                (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
                 try:
                     error = self._train()
-                except BaseException:
+                except BaseException as unexpected:
+                    self._summarise("failed", unexpected)
                     self.tracker.finish("failed")
                     raise
             return self._finish(error, log)
@@ -137,7 +154,7 @@ class TrainingRun:
             run_workers(
                 _work,
                 {
-                    "recipe": self.recipe.model_dump(),
+                    "recipe": self._recipe_for_workers(),
                     "run_dir": str(self.run_dir),
                     "prepared": str(self.prepared.folder.resolve()),
                 },
@@ -152,6 +169,13 @@ class TrainingRun:
             return error
         return None
 
+    def _recipe_for_workers(self) -> dict[str, Any]:
+        """The recipe with the tokenizer's folder absolute: workers have a working directory of their own."""
+        values, tokenizer = self.recipe.model_dump(), Path(self.recipe.data.tokenizer)
+        if tokenizer.is_dir():
+            values["data"]["tokenizer"] = str(tokenizer.resolve())
+        return values
+
     def _hear(self, message: dict[str, Any]) -> None:
         """A message from the workers, in the listening thread."""
         if message["kind"] == "failure":
@@ -162,9 +186,8 @@ class TrainingRun:
                 self.line.say(note)
             self.line.begin(message["start"], message["steps"])
             self.record.steps = message["start"]
-            known = {step for step, _ in self.record.loss}
             for row in read_metrics(self.run_dir, up_to=message["start"]):
-                if row["step"] not in known:  # an earlier driver heard it, or its report was lost with a worker
+                if row["step"] not in self.tracked:  # its report was lost with a worker or with a driver
                     self._take(row)
         else:
             for row in message["history"]:
@@ -178,6 +201,7 @@ class TrainingRun:
         metrics = self.record.add(row)
         if row["step"] not in self.tracked:
             self.tracker.log(row["step"], metrics)
+            self.tracked.add(row["step"])
         folder = Path(row.get("checkpoint", ""))
         if "checkpoint" in row and folder.is_dir():
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -187,22 +211,17 @@ class TrainingRun:
     def _finish(self, error: BaseException | None, log: Path) -> int:
         record = self.record
         if record.checkpoint is None:
-            newest = CheckpointStore(self.run_dir / "checkpoints").newest_good(lambda damaged: None)
+            store = CheckpointStore(self.run_dir / "checkpoints")
+            newest = store.newest_good(lambda damaged: self.line.say(str(damaged)))
             record.checkpoint = str(newest) if newest else None
         status = "failed" if error else "done"
         if record.loss:
-            self.tracker.figure("learning_curve", learning_curve(record.loss, record.held_out, self.recipe.run.name))
-        summary = {
-            "status": status,
-            "steps": record.steps,
-            "metrics": record.metrics,
-            "mlflow_run_id": self.state["mlflow_run_id"],
-            "checkpoint": record.checkpoint,
-        }
-        if error:
-            summary["error"] = str(error) or type(error).__name__
-        _write_json(self.run_dir / "summary.json", summary)
-        self.tracker.artifact(self.run_dir / "recipe.yaml")
+            self.tracker.figure(
+                "learning_curve",
+                learning_curve([*record.loss.items()], [*record.held_out.items()], self.recipe.run.name),
+            )
+        self._summarise(status, error)
+        self.tracker.artifact(self.run_dir / RESOLVED_RECIPE)
         for problem in self.tracker.finish(status):
             self.line.say(problem)
         if isinstance(error, KeyboardInterrupt):
@@ -215,6 +234,18 @@ class TrainingRun:
         self._say_what_next()
         return 0
 
+    def _summarise(self, status: str, error: BaseException | None) -> None:
+        summary = {
+            "status": status,
+            "steps": self.record.steps,
+            "metrics": self.record.metrics,
+            "mlflow_run_id": self.state["mlflow_run_id"],
+            "checkpoint": self.record.checkpoint,
+        }
+        if error:
+            summary["error"] = str(error) or type(error).__name__
+        _write_json(self.run_dir / "summary.json", summary)
+
     def _say_what_next(self) -> None:
         say, record = self.line.say, self.record
         if "bits_per_byte" in record.metrics:
@@ -223,17 +254,24 @@ class TrainingRun:
             if text.stat().st_size <= _XZ_LIMIT:
                 compared = f" (xz -9 on the same text: {xz_bits_per_byte(text):.2f})"
             say(f"done     {record.metrics['bits_per_byte']:.3f} bits per held-out byte{compared}")
-        uri = self.recipe.tracking.uri or self.tracker.uri
+        uri, bin_dir = self.tracker.uri, shown_path(Path(sys.executable).parent)
+        checkpoint = shlex.quote(shown_path(Path(record.checkpoint or "")))
         say("next")
-        say(f"  look      .venv/bin/mlflow ui --backend-store-uri {uri}")
-        say(f'  sample    .venv/bin/mmada generate {record.checkpoint} "The "')
-        say(f"  export    .venv/bin/mmada export {record.checkpoint} my-model")
+        ui = f"{bin_dir}/mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        say(f"  look      {uri if uri.startswith('http') else ui}")
+        say(f'  sample    {bin_dir}/mmada generate {checkpoint} "The "')
+        say(f"  export    {bin_dir}/mmada export {checkpoint} my-model")
         more = self.recipe.train.steps * 2
         say(f"  go on     the same command with run.name={self.recipe.run.name} run.resume=true train.steps={more}")
 
     def _remember(self, **values: Any) -> None:
         self.state |= values
         _write_json(self.state_file, self.state)
+
+
+def shown_path(path: Path) -> str:
+    """A path as the user would type it here: relative where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def xz_bits_per_byte(text: Path) -> float:

@@ -6,6 +6,7 @@ checkpoint or a pure function of (seed, step): the batch, the router's noise, th
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from cluster.checkpoints import CheckpointStore
 from cluster.engine import Engine, EngineSettings
+from cluster.errors import ClusterError
 from jobs.checkpointing import Resume, find_resume, restore, save
 from jobs.evaluation import evaluate
 from jobs.model_building import build_model
 from jobs.progress import Progress
 from jobs.recipe import Recipe
-from mmada.data import global_batch_indices, load_tokenizer, open_prepared, rank_slice
+from mmada.data import global_batch_indices, load_tokenizer, open_prepared, rank_slice, sample_ids
 from mmada.nn.experts import expert_ffn_sorted
 from mmada.training.schedules import warmup_cosine
 
@@ -37,6 +39,8 @@ def train_worker(config: dict[str, Any]) -> None:
     run_dir = Path(config["run_dir"])
     _write_output_to(run_dir / "logs" / f"worker-{context.get_world_rank()}.log")
     recipe, prepared = Recipe.model_validate(config["recipe"]), Path(config["prepared"])
+    share = (os.cpu_count() or 1) // context.get_local_world_size()
+    torch.set_num_threads(recipe.cluster.threads_per_worker or max(1, share))
     TrainingWorker(recipe, run_dir, prepared, ray.train.torch.get_device(), ray.train.report).run()
 
 
@@ -88,10 +92,6 @@ class TrainingWorker:
     ) -> None:
         self.recipe, self.run_dir = recipe, run_dir
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if recipe.cluster.threads_per_worker:
-            torch.set_num_threads(recipe.cluster.threads_per_worker)
-        else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // recipe.cluster.workers))
         self.device = device
         self.data = open_prepared(prepared)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
@@ -99,7 +99,7 @@ class TrainingWorker:
         self.model = build_model(recipe).to(self.device)
         self.settings = engine_settings(recipe, self.model.expert_parallel_layout())
         self.store = CheckpointStore(run_dir / "checkpoints", keep=recipe.train.keep_checkpoints)
-        self.progress = Progress(self.rank, self.world, run_dir, report)
+        self.progress = Progress(self.rank, self.world, run_dir, device, report)
 
         resume = self._agree_on_resume()
         self.engine = Engine(self.model, self.settings)
@@ -141,18 +141,21 @@ class TrainingWorker:
             )
             self.engine.backward(output.loss)
             self.engine.step(learning_rate)
-            zero = output.lm_loss.new_zeros(())
-            parts.append(torch.stack([output.lm_loss, output.aux_loss or zero, output.z_loss or zero]))
+            losses = [output.lm_loss]
             if output.expert_load is not None:
+                losses += [output.aux_loss, output.z_loss]
                 loads.append(output.expert_load)
-        lm_loss, balance, z = (self._sum(torch.stack(parts).mean(0).double()) / self.world).tolist()
-        metrics = {"loss": lm_loss, "learning_rate": learning_rate, "gradient_norm": self.engine.gradient_norm}
+            parts.append(torch.stack(losses))
+        means = (self._sum(torch.stack(parts).mean(0).double()) / self.world).tolist()
+        if not math.isfinite(means[0]):
+            raise ClusterError(f"loss of step {step + 1} is {means[0]}; lower train.learning_rate or clip_grad_norm")
+        metrics = {"loss": means[0], "learning_rate": learning_rate, "gradient_norm": self.engine.gradient_norm}
         metrics["tokens"] = train.global_batch * train.sequence_length
         if loads:
             load_LE = torch.stack(loads).sum(0)
             self.model.update_router_bias(load_LE)
             violation_L = load_LE.max(dim=1).values / load_LE.mean(dim=1) - 1
-            metrics |= {"router_balance_loss": balance, "router_z_loss": z}
+            metrics |= {"router_balance_loss": means[1], "router_z_loss": means[2]}
             metrics["expert_load_max_violation"] = float(violation_L.max())
         return metrics
 
@@ -193,7 +196,7 @@ class TrainingWorker:
         indices = global_batch_indices(self.recipe.run.seed, step, train.global_batch, len(self.rows))
         own = rank_slice(np.arange(train.global_batch), self.rank, self.world)
         batch = self.rows.batch(indices[own])
-        batch["sample_ids"] = torch.from_numpy(own) + step * train.global_batch + (self.recipe.run.seed << 40)
+        batch["sample_ids"] = torch.from_numpy(sample_ids(self.recipe.run.seed, step, train.global_batch)[own])
         self.progress.record_rows(step, indices[own])
         return {name: value.to(self.device) for name, value in batch.items()}
 

@@ -109,6 +109,14 @@ class MMaDAConfig(PreTrainedConfig):
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters.rope_type={rope_type} is unknown; use one of {', '.join(ROPE_TYPES)}")
+        theta = (self.rope_parameters or {}).get("rope_theta", 1.0)
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+            raise ValueError(f"rope_parameters.rope_theta={theta} is not a positive number; use 10000.0, say")
+        for name in ("initializer_range", "rms_norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not positive; use 0.02 and 1e-6, say")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}; use 0, say")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} is not in [0, 1); use 0 for none")
 

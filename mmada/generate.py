@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from threading import Thread
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 
 import mmada.model  # noqa: F401  (registers the family with the Auto classes)
+from mmada.tokenizer import IncrementalDecoder
+
+
+class _TokenQueue(BaseStreamer):
+    """New ids as ``generate`` makes them, without the prompt; None at the end."""
+
+    def __init__(self) -> None:
+        self.ids: Queue[list[int] | None] = Queue()
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._is_prompt:
+            self.ids.put(value.flatten().tolist())
+        self._is_prompt = False
+
+    def end(self) -> None:
+        self.ids.put(None)
 
 
 def stream_text(
@@ -22,7 +41,7 @@ def stream_text(
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt")
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer, decoder = _TokenQueue(), IncrementalDecoder(tokenizer)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
@@ -38,7 +57,9 @@ def stream_text(
 
     worker = Thread(target=decode, daemon=True)
     worker.start()
-    yield from streamer
+    while (ids := streamer.ids.get()) is not None:
+        yield decoder.push(ids)
+    yield decoder.finish()
     worker.join()
     if failure:
         raise failure[0]

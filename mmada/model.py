@@ -25,7 +25,7 @@ from mmada.nn.block import Block
 from mmada.nn.experts import Experts
 from mmada.nn.mixers.attention import Attention
 from mmada.nn.positions import rotary_cos_sin
-from mmada.nn.router import RouterTap, selection_bias_of
+from mmada.nn.router import RouterTap, mix64, selection_bias_of
 from mmada.tokenizer import register_tokenizer
 from mmada.training.objectives.router import router_losses
 
@@ -141,9 +141,9 @@ class MMaDAModel(MMaDAPreTrainedModel):
             return None
         batch, length = hidden_BTD.shape[:2]
         if sample_ids_B is None:
-            sample_ids_B = torch.randint(2**31, (batch,), device=hidden_BTD.device)
+            sample_ids_B = torch.randint(2**62, (batch,), device=hidden_BTD.device)
         column_T = torch.arange(length, device=hidden_BTD.device)
-        return (sample_ids_B[:, None] * 2**24 + column_T).flatten()
+        return (mix64(sample_ids_B)[:, None] + column_T).flatten()
 
 
 class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):

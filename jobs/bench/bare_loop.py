@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from cluster.engine import parameter_groups
 from jobs.model_building import build_model
 from jobs.recipe import Recipe
-from mmada.data import global_batch_indices, open_prepared
+from mmada.data import global_batch_indices, open_prepared, sample_ids
 from mmada.training.schedules import warmup_cosine
 
 
@@ -32,10 +31,9 @@ class BareLoop:
         """One optimizer step; language-model loss in nats per token, and the gradient's norm before clipping."""
         recipe, train = self.recipe, self.recipe.train
         batch = self.rows.batch(global_batch_indices(recipe.run.seed, step, train.global_batch, len(self.rows)))
-        numbers = torch.from_numpy(np.arange(train.global_batch))
         output = self.model(
             **batch,
-            sample_ids=numbers + step * train.global_batch + (recipe.run.seed << 40),
+            sample_ids=torch.from_numpy(sample_ids(recipe.run.seed, step, train.global_batch)),
             num_items_in_batch=(batch["shift_labels"] != -100).sum(),
             use_cache=False,
         )

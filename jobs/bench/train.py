@@ -20,8 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.cli import Parser
+from jobs.cli import Parser, int_from
 from jobs.recipe import Recipe, load_recipe
+from jobs.recipe_checks import check
 
 STACK, BARE, TRAINER, PEAK = "mmada (Ray Train, DeepSpeed)", "bare PyTorch loop", "transformers.Trainer", "peak"
 _TURN_TIMEOUT_S = 300
@@ -30,8 +31,8 @@ _TURN_TIMEOUT_S = 300
 def run(arguments: list[str]) -> int:
     """Measure and print; ``arguments`` are the command line's."""
     parser = Parser(prog="mmada bench train", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default 7)")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a turn (default 6)")
+    parser.add_argument("--rounds", type=int_from(1), default=7, help="turns of each contender (default 7)")
+    parser.add_argument("--steps", type=int_from(1), default=6, help="optimizer steps of a turn (default 6)")
     parser.add_argument("--json", type=Path, help="write every measurement to this file too")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for mmada train")
     options = parser.parse_args(arguments)
@@ -40,7 +41,8 @@ def run(arguments: list[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="mmada-bench-") as scratch:
         fixed = [f"run.dir={scratch}", "run.name=bench", "cluster.workers=1", "cluster.expert_parallel=1"]
-        recipe = load_recipe("quickstart", [*fixed, "train.zero_stage=1", *options.overrides])
+        recipe = load_recipe("quickstart", ["train.zero_stage=1", *options.overrides, *fixed])
+        check(recipe)
         with quiet_terminal(Path(scratch) / "bench.log") as terminal:
             console = Console(file=terminal, highlight=False, width=100)
             measured, flops = _measure(recipe, Path(scratch), options.rounds, options.steps, console)
@@ -180,7 +182,7 @@ def _trainer_turn(recipe: Recipe, prepared: Path, scratch: Path) -> Callable[[in
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from jobs.model_building import build_model
-    from mmada.data import global_batch_indices, open_prepared
+    from mmada.data import global_batch_indices, open_prepared, sample_ids
 
     train = recipe.train
     rows, model, done = open_prepared(prepared).train.rows(train.sequence_length), build_model(recipe), 0
@@ -197,7 +199,7 @@ def _trainer_turn(recipe: Recipe, prepared: Path, scratch: Path) -> Callable[[in
         batches = []
         for step in range(done, done + steps + 1):
             batch = rows.batch(global_batch_indices(recipe.run.seed, step, train.global_batch, len(rows)))
-            batch["sample_ids"] = torch.arange(train.global_batch) + step * train.global_batch
+            batch["sample_ids"] = torch.from_numpy(sample_ids(recipe.run.seed, step, train.global_batch))
             batches += [{name: value[row] for name, value in batch.items()} for row in range(train.global_batch)]
         done += steps
         clock = Clock()

@@ -2,7 +2,7 @@
 
 from mmada.data.packing import IGNORE_INDEX, PackedRows
 from mmada.data.prepare import PreparedText, open_prepared, prepare
-from mmada.data.sampling import global_batch_indices, rank_slice
+from mmada.data.sampling import global_batch_indices, rank_slice, sample_ids
 from mmada.data.shards import TokenStream
 from mmada.data.sources import TextSource
 from mmada.tokenizer import load_tokenizer
@@ -18,4 +18,5 @@ __all__ = [
     "open_prepared",
     "prepare",
     "rank_slice",
+    "sample_ids",
 ]

@@ -31,6 +31,15 @@ def global_batch_indices(seed: int, step: int, global_batch: int, num_rows: int)
     return indices
 
 
+def sample_ids(seed: int, step: int, global_batch: int) -> np.ndarray:
+    """A name for each row of a step's global batch, shape (global_batch,), int64: what its random numbers hang on.
+
+    Distinct for distinct (seed, step, place), up to the wrap at 64 bits.
+    """
+    places = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.uint64)
+    return (places + np.array(seed, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
+
+
 def rank_slice(indices: np.ndarray, rank: int, world: int) -> np.ndarray:
     """The contiguous part of a global batch that worker `rank` of `world` takes.
 

@@ -5,8 +5,9 @@
 ``mmada bench moe`` prints what the fast path costs beside its peers and a dense feed-forward.
 
 The fast path orders the routed tokens by expert and goes through them in waves: runs of neighbouring experts, so that
-intermediate values need little memory however many tokens there are. Two buffers of N rows live on to the backward pass (the projections before the
-activation, and the outputs before they are weighted); gathered inputs and activations are made again there.
+intermediate values need little memory however many tokens there are. Two buffers of N rows live on to the backward
+pass (the projections before the activation, and the outputs before they are weighted); gathered inputs and
+activations are made again there.
 
 # T tokens, K experts per token, E experts, D model width, F hidden width of an expert
 # N routed tokens (T * K), ordered by expert; W those of one wave
@@ -26,9 +27,9 @@ from torch.nn import functional as F
 
 from mmada.nn.buffers import empty
 
-# Values of the gate and up projections held by one wave, 16 MiB in float32. On idle cores 2^19 .. 2^23 are within 3 % of
-# each other at the shapes of `mmada bench moe`; on busy ones every operation is a barrier at which threads wait for
-# one that is not running, and waves of 2^19 took up to twice as long as these.
+# Values of the gate and up projections held by one wave, 16 MiB in float32. On idle cores 2^19 .. 2^23 are within 3 %
+# of each other at the shapes of `mmada bench moe`; on busy ones every operation is a barrier at which threads wait
+# for one that is not running, and waves of 2^19 took up to twice as long as these.
 WAVE_NUMEL = 1 << 22
 
 

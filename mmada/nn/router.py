@@ -37,14 +37,14 @@ def counter_normal(keys_T: Tensor, num: int, stream: int) -> Tensor:
     forward pass is repeated by gradient checkpointing. splitmix64 on int64 (which wraps), then Box-Muller.
     """
     column = torch.arange(num, dtype=torch.int64, device=keys_T.device)
-    z = _splitmix64(_splitmix64(keys_T + stream * 0x9E3779B97F4A7C1)[:, None] + column)
+    z = mix64(mix64(keys_T + stream * 0x9E3779B97F4A7C1)[:, None] + column)
     uniform_1 = (((z >> 40) & 0xFFFFFF).float() + 0.5) / 2**24
     uniform_2 = (((z >> 16) & 0xFFFFFF).float() + 0.5) / 2**24
     return (-2 * uniform_1.log()).sqrt() * (2 * torch.pi * uniform_2).cos()
 
 
-def _splitmix64(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64; ``&`` after ``>>`` makes the shifts logical."""
+def mix64(x: Tensor) -> Tensor:
+    """Spread the bits of int64 numbers, one to one: splitmix64; ``&`` after ``>>`` makes the shifts logical."""
     x = x + -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.terminal import quiet_terminal, tail
+from cluster.terminal import quiet_terminal
 
 REPOSITORY = Path(__file__).parents[2]
 LIBC = ctypes.CDLL(None)
@@ -154,14 +154,3 @@ print(child.pid)
     # subprocess.run returns only when nobody has the pipe open any more.
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=20)
     os.kill(int(done.stdout), 9)
-
-
-def test_tail_gives_the_last_lines(tmp_path):
-    log = tmp_path / "run.log"
-    log.write_bytes(b"one\ntwo\r\n  0%\r 50%\r100%\n\xff\nlast")
-    assert tail(log, 2) == "\ufffd\nlast"
-    assert tail(log, 4) == "two\n100%\n\ufffd\nlast"
-    log.write_text("x" * 1_000_000 + "\nend\n")
-    assert tail(log, 1) == "end"
-    assert len(tail(log, 9)) < 300_000
-    assert tail(tmp_path / "none.log") == ""

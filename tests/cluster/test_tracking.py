@@ -18,7 +18,7 @@ import psutil
 import pytest
 from matplotlib.figure import Figure
 
-from cluster import tracking
+from cluster import tracking_uri
 from cluster.errors import ClusterError
 from cluster.tracking import Tracker, check_uri, flatten
 
@@ -313,7 +313,7 @@ def test_nobody_at_the_address(tmp_path):
 
 
 def test_a_listener_that_says_nothing_does_not_hang(monkeypatch):
-    monkeypatch.setattr(tracking, "PREFLIGHT_SECONDS", 3.0)
+    monkeypatch.setattr(tracking_uri, "PREFLIGHT_SECONDS", 3.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         started = time.monotonic()
         with pytest.raises(ClusterError, match="does not answer; start it with 'mlflow server --port"):

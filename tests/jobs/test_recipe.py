@@ -199,9 +199,11 @@ def test_a_new_name_is_free_and_a_used_one_is_not(tmp_path: Path):
     (tmp_path / "debug").mkdir()
     check_run(with_run_dir("debug", tmp_path))  # an empty folder is as good as none
     (tmp_path / "debug" / "logs").mkdir()
+    check_run(with_run_dir("debug", tmp_path))  # so is what a start that was cut short leaves
+    (tmp_path / "debug" / "recipe.yaml").touch()
     with pytest.raises(RecipeError, match=r"run.name=debug has been used already .* run.resume=true"):
         check_run(with_run_dir("debug", tmp_path))
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["debug", "logs"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["debug", "logs", "recipe.yaml"]
 
 
 def saved_run(folder: Path, *overrides: str) -> None:
@@ -217,7 +219,6 @@ def saved_run(folder: Path, *overrides: str) -> None:
         "train.steps=40",
         "train.zero_stage=3",
         "train.micro_batch=2",
-        "train.offload_optimizer=true",
         "train.gradient_checkpointing=true",
         "train.checkpoint_every=5",
         "train.keep_checkpoints=5",

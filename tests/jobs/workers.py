@@ -54,6 +54,7 @@ def _joined(
     rank: int, world: int, port: int, job: Callable[..., Any], arguments: tuple[Any, ...], results: Any
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (DeepSpeed's chatter)
     torch.set_num_threads(1)

@@ -115,6 +115,17 @@ def test_the_loss_is_the_language_models_in_evaluation_and_the_sum_in_training()
     assert_close(trained.loss.detach(), parts, check_dtype=False)
 
 
+def test_noise_differs_by_row_and_by_seed():
+    from mmada.data import sample_ids
+
+    model, tokens = make_model().train(), ids(1, 12).expand(2, -1)
+    routed = []
+    for seed in (0, 7, 2**32 - 1):
+        output = model(tokens, sample_ids=torch.from_numpy(sample_ids(seed, 5, 2)))
+        routed += output.router_logits[0].chunk(2)
+    assert all(not torch.equal(a, b) for i, a in enumerate(routed) for b in routed[:i])
+
+
 def test_labels_and_shifted_labels_agree():
     model, tokens = make_model(), ids(2, 12)
     shifted = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], dim=1)

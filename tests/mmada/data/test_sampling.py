@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mmada.data import global_batch_indices, rank_slice
+from mmada.data import global_batch_indices, rank_slice, sample_ids
 
 
 def _stream(seed: int, num_steps: int, global_batch: int, num_rows: int) -> np.ndarray:
@@ -78,3 +78,10 @@ def test_wrong_arguments_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_rows_of_other_seeds_and_steps_have_other_names():
+    """Also where the seed is as large as a recipe allows."""
+    names = [sample_ids(seed, step, 16) for seed in (0, 7, 2**32 - 1) for step in (0, 1, 10_000)]
+    assert len(set(np.concatenate(names).tolist())) == 9 * 16
+    assert sample_ids(7, 3, 16).tolist() == [*sample_ids(7, 6, 8), *sample_ids(7, 7, 8)]  # a row keeps its name
