@@ -6,6 +6,7 @@ import torch
 
 from jobs.recipe import Recipe
 from mmada.config import MMaDAConfig
+from mmada.data import load_tokenizer
 from mmada.model import MMaDAForCausalLM
 from mmada.presets import build_config
 
@@ -14,7 +15,15 @@ def model_config(recipe: Recipe) -> MMaDAConfig:
     """The architecture that the recipe asks for. Raises ValueError naming the field."""
     overrides = recipe.model.overrides()
     overrides.pop("attn_implementation", None)
-    return build_config(recipe.model.preset, **overrides)
+    return build_config(recipe.model.preset, **{**special_ids(recipe), **overrides})
+
+
+def special_ids(recipe: Recipe) -> dict[str, int | None]:
+    """Padding, begin and end as a tokenizer other than our own has them; the config's defaults are our own's."""
+    if recipe.data.tokenizer == "bytes":
+        return {}
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
 def build_model(recipe: Recipe) -> MMaDAForCausalLM:

@@ -146,7 +146,7 @@ def test_a_killed_worker_costs_nothing_but_time(whole, runs):
     assert rows_read(run_dir) == rows_read(whole[3])  # steps that were done twice read the same rows
     client = mlflow.MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
     ids = [json.loads((folder / "summary.json").read_text())["mlflow_run_id"] for folder in (whole[3], run_dir)]
-    curves = [{(p.step, p.value) for p in client.get_metric_history(i, "loss")} for i in ids]
+    curves = [[(p.step, p.value) for p in client.get_metric_history(i, "loss")] for i in ids]
     assert curves[0] == curves[1]
 
 
