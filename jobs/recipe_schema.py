@@ -209,7 +209,10 @@ class Recipe(Section):
     @property
     def run_dir(self) -> Path:
         """The run's own folder, ``<run.dir>/<run.name>``."""
-        return Path(self.run.dir).expanduser() / self.run.name
+        try:
+            return Path(self.run.dir).expanduser() / self.run.name
+        except RuntimeError as error:
+            raise RecipeError(f"run.dir={self.run.dir} names a home that is not there; give another folder") from error
 
     @property
     def rows_per_worker(self) -> int:

@@ -127,6 +127,9 @@ WRONG_RECIPES = [
     # a run's folder
     (["run.resume=true"], ["run.resume=true", "runs/wrong", "leave it out"]),
     (["run.dir=recipe.yaml"], ["run.dir=recipe.yaml", "give another folder"]),
+    (["run.dir=~nobody-of-this-name/x"], ["run.dir=~nobody-of-this-name/x", "give another folder"]),
+    (["model.pad_token_id=500"], ["model.pad_token_id=500", "vocab_size=264"]),
+    (["model.rms_norm_eps=-1.0"], ["model.rms_norm_eps=-1.0", "is not positive"]),
     # overrides that are none
     (["train.steps"], ["override=train.steps", "write section.key=value"]),
     (["steps=5"], ["override=steps=5", "write train.steps=5"]),
