@@ -98,7 +98,7 @@ class TrainingRun:
         self.state: dict[str, Any] = json.loads(self.state_file.read_text()) if self.state_file.exists() else {}
         if self.state.get("data", prepared.fingerprint) != prepared.fingerprint:
             raise DataError(
-                f"data.path={recipe.data.path} no longer holds the text that run.name={recipe.run.name} began with "
+                f"data.source={recipe.data.source} no longer gives the text that run.name={recipe.run.name} began with "
                 f"(its fingerprint was {self.state['data']}); restore it, or choose another run.name"
             )
         if self.state:  # what is known of a run that goes on, should nothing more be heard of it
@@ -131,9 +131,9 @@ class TrainingRun:
                 timeout_s=cluster.start_timeout,
             ):
                 mlflow_run_id = self.tracker.start(self.recipe.model_dump())
+                (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
                 self._remember(mlflow_run_id=mlflow_run_id, data=self.prepared.fingerprint)
                 self.tracked = self.tracker.steps_of("loss")
-                (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
                 try:
                     error = self._train()
                 except BaseException as unexpected:

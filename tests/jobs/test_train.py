@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from jobs.recipe import load_recipe
 from tests.cluster.test_session import running_cluster  # noqa: F401 (a fixture)
 from tests.jobs.test_resume import rows_read, tensors_of
 
@@ -77,7 +78,7 @@ def whole(runs):
     return *finish(start(runs, "run.name=whole")), runs / "whole"
 
 
-@pytest.mark.timeout(TIMEOUT_S)
+@pytest.mark.timeout(600)
 def test_the_debug_recipe_does_all_it_promises(whole):
     code, out, err, run_dir = whole
     assert (code, err) == (0, "")
@@ -125,7 +126,7 @@ def test_export_and_generate_take_what_the_summary_names(whole, tmp_path):
         assert (said.returncode, said.stderr) == (0, "") and said.stdout.startswith("The ") and len(said.stdout) > 8
 
 
-@pytest.mark.timeout(TIMEOUT_S)
+@pytest.mark.timeout(600)
 def test_a_killed_worker_costs_nothing_but_time(whole, runs):
     """kill -9 of one worker after the checkpoint of step 10: the same run, bit for bit."""
     process, run_dir = start(runs, "run.name=killed", "train.keep_checkpoints=3"), runs / "killed"
@@ -150,7 +151,7 @@ def test_a_killed_worker_costs_nothing_but_time(whole, runs):
     assert curves[0] == curves[1]
 
 
-@pytest.mark.timeout(TIMEOUT_S)
+@pytest.mark.timeout(600)
 def test_ctrl_c_ends_the_run_cleanly_and_resume_continues_it_with_one_worker(runs):
     process, run_dir = start(runs, "run.name=stopped"), runs / "stopped"
     wait_for(sealed(run_dir, 10), process, "checkpoint")
@@ -172,7 +173,7 @@ def test_ctrl_c_ends_the_run_cleanly_and_resume_continues_it_with_one_worker(run
     assert client.get_run(summary["mlflow_run_id"]).info.status == "FINISHED"
 
 
-@pytest.mark.timeout(TIMEOUT_S)
+@pytest.mark.timeout(600)
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(runs, tmp_path):
     """A real file system of a few megabytes holds one checkpoint and not two."""
     small = tmp_path / "small"
@@ -193,13 +194,29 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(runs, tmp_
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
+def test_a_run_whose_text_has_changed_is_not_gone_on_with(tmp_path):
+    """Refused before Ray starts, so it needs no run that was finished: only the record that one leaves."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "abcdefgh":
+        (texts / f"{name}.txt").write_text(f"a text about {name}. " * 40)
+    keys = ["data.source=files", f"data.path={texts}", "data.limit_documents=8", "run.name=changed"]
+    recipe = load_recipe("debug", [f"run.dir={tmp_path}", *keys, "run.resume=true"])
+    recipe.run_dir.mkdir()
+    (recipe.run_dir / "recipe.yaml").write_text(recipe.resolved_yaml())
+    (recipe.run_dir / "run.json").write_text(json.dumps({"data": "of another text", "mlflow_run_id": "x"}))
+    code, out, err = finish(start(tmp_path, *keys, "run.resume=true"))
+    assert (code, out) == (2, ""), err
+    assert err.count("\n") == 1 and "data.source=files no longer gives the text" in err and "restore it" in err
+
+
 def test_a_used_name_is_refused_in_one_line(whole, runs):
     code, out, err = finish(start(runs, "run.name=whole"))
     assert code == 2 and out == ""
     assert err.count("\n") == 1 and "run.name=whole" in err and "run.resume=true" in err
 
 
-@pytest.mark.timeout(TIMEOUT_S)
+@pytest.mark.timeout(600)
 def test_a_running_cluster_is_joined_and_gives_the_same_curve(whole, runs, running_cluster):  # noqa: F811
     address, home = running_cluster
     code, out, err = finish(start(runs, "run.name=joined", f"cluster.address={address}", HOME=str(home)))
