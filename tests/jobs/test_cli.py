@@ -219,7 +219,7 @@ def test_a_wrong_file_is_refused_in_one_line(
 
 
 def test_a_used_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "debug" / "logs").mkdir(parents=True)
+    (tmp_path / "debug" / "checkpoints").mkdir(parents=True)
     result = outcome(["train", "debug", f"run.dir={tmp_path}"], capsys)
     assert_refused(result.code, result.err, ["run.name=debug", "run.resume=true", "choose another run.name"])
 

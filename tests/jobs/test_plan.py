@@ -82,7 +82,7 @@ def test_states_are_those_of_the_zero_paper(stage: int, gigabytes: float):
 def test_a_gpu_gets_whole_buckets():
     """DeepSpeed allocates its bucket in full; without a GPU untouched pages cost nothing."""
     row = stage_memory(recipe_of("cluster.gpus_per_worker=1"), SIZE, 2)
-    assert row.buffers == 4 * 500_000_000
+    assert row.buffers == 4 * 50_000_000
 
 
 def test_activations_by_hand():
@@ -295,6 +295,6 @@ def test_prepared_text_is_found_and_counted(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_used_name_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "debug" / "logs").mkdir(parents=True)
+    (tmp_path / "debug" / "checkpoints").mkdir(parents=True)
     assert run(recipe_of(f"run.dir={tmp_path}")) == 0
     assert "mmada train would refuse: run.name=debug has been used already" in " ".join(capsys.readouterr().out.split())
