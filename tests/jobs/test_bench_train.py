@@ -18,4 +18,4 @@ def test_every_contender_takes_its_turns(tmp_path, capfd):
     assert all(len(measured[name]) == 2 for name in (bench.STACK, bench.BARE, bench.TRAINER))
     assert all(value > 0 for values in measured.values() for value in values)
     out, err = capfd.readouterr()
-    assert "128 tokens per step, preset debug" in out and "of the bare loop" in out and err == ""
+    assert "128 tokens per step, preset debug, ZeRO 0" in out and "of the bare loop" in out and err == ""
