@@ -89,11 +89,8 @@ def run_workers(
             callbacks=[_Forward(queue)],
         ),
     )
-    # Ray Train would answer Ctrl-C by leaving the process: no summary, no end of the run in MLflow. The session that
-    # the workers live in is closed by its owner.
-    trainer._register_sigint_handler = lambda controller: None
     try:
-        trainer.fit()
+        _fit(trainer)
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
         # One worker's full disk is the others' lost connection: what was named comes before what followed from it.
@@ -108,6 +105,29 @@ def run_workers(
             queue.shutdown(force=True)
     if listener.failure is not None:
         raise listener.failure
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """``trainer.fit()`` in a thread, so that Ctrl-C reaches this one.
+
+    In the main thread Ray Train would answer Ctrl-C by leaving the process (no summary, no end of the run in MLflow),
+    and an interrupt that falls into Ray's own code can be swallowed there. The owner of the session that the workers
+    live in closes it, and them.
+    """
+    raised: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=fit, name="mmada-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.2)
+    if raised:
+        raise raised[0]
 
 
 class _Listener(threading.Thread):
