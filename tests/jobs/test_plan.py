@@ -81,8 +81,10 @@ def test_states_are_those_of_the_zero_paper(stage: int, gigabytes: float):
 
 def test_a_gpu_gets_whole_buckets():
     """DeepSpeed allocates its bucket in full; without a GPU untouched pages cost nothing."""
+    from cluster.engine import REDUCE_BUCKET_SIZE
+
     row = stage_memory(recipe_of("cluster.gpus_per_worker=1"), SIZE, 2)
-    assert row.buffers == 4 * 50_000_000
+    assert row.buffers == 4 * REDUCE_BUCKET_SIZE
 
 
 def test_activations_by_hand():
