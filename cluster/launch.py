@@ -110,9 +110,8 @@ def run_workers(
 def _fit(trainer: TorchTrainer) -> None:
     """``trainer.fit()`` in a thread, so that Ctrl-C reaches this one.
 
-    In the main thread Ray Train would answer Ctrl-C by leaving the process (no summary, no end of the run in MLflow),
-    and an interrupt that falls into Ray's own code can be swallowed there. The owner of the session that the workers
-    live in closes it, and them.
+    In the main thread Ray Train puts in a handler of its own, which answers Ctrl-C by leaving the process: no summary,
+    no end of the run in MLflow. The owner of the session that the workers live in closes it, and them.
     """
     raised: list[BaseException] = []
 
