@@ -32,6 +32,10 @@ def read_metrics(run_dir: Path, up_to: int) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows) if step <= up_to]
 
 
+def _row(step: int, metrics: dict[str, float], checkpoint: str | None) -> dict[str, Any]:
+    return {"step": step, **metrics, **({"checkpoint": checkpoint} if checkpoint else {})}
+
+
 class Progress:
     """Gathers each step's metrics on rank 0 and reports them together, every few seconds.
 
@@ -57,6 +61,9 @@ class Progress:
 
     def begin(self, start: int, steps: int) -> None:
         """Say where the run stands before its first step."""
+        if self.rank == 0:
+            with self._metrics_path.open("a") as file:
+                file.write("\n")  # ends the line that a killed worker may have left half written
         self._report({"start": start, "steps": steps, "notes": self._notes} if self.rank == 0 else {})
 
     def record_rows(self, step: int, indices: np.ndarray) -> None:
@@ -65,13 +72,18 @@ class Progress:
             self._rows_log = open(self._rows_path, "a", buffering=1)  # noqa: SIM115 (lives as long as the worker)
         self._rows_log.write(json.dumps({"step": step, "rows": indices.tolist()}) + "\n")
 
-    def add(self, step: int, metrics: dict[str, float], checkpoint: str | None, *, force: bool) -> None:
-        """Take in one step; report if it is time, or at once with ``force``."""
+    def write(self, step: int, metrics: dict[str, float], checkpoint: str | None = None) -> None:
+        """Put one step on disk, where a driver finds it should this worker die before its next report."""
         if self.rank == 0:
-            row = {"step": step, **metrics, **({"checkpoint": checkpoint} if checkpoint else {})}
-            self._history.append(row)
             with self._metrics_path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(_row(step, metrics, checkpoint)) + "\n")
+
+    def add(self, step: int, metrics: dict[str, float], checkpoint: str | None, *, force: bool) -> None:
+        """Take in one step that is on disk; report if it is time, or at once with ``force``."""
+        if self.rank == 0:
+            self._history.append(_row(step, metrics, checkpoint))
+        if checkpoint:
+            self.write(step, metrics, checkpoint)
         if force or self._is_time():
             self._report({"history": self._history} if self.rank == 0 else {})
             self._history = []

@@ -119,6 +119,7 @@ class TrainingWorker:
             last = done == train.steps
             if last or (train.evaluate_every and done % train.evaluate_every == 0):
                 metrics["bits_per_byte"] = self.evaluate(all_rows=last)
+            self.progress.write(done, metrics)  # before the checkpoint: what a resume skips has its metrics on disk
             saved = None
             if last or (train.checkpoint_every and done % train.checkpoint_every == 0):
                 saved = self.save(done)

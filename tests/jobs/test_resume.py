@@ -2,18 +2,21 @@
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing import ProcessExitedException
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import ClusterError
 from jobs import export
 from jobs.bench.bare_loop import BareLoop
+from jobs.progress import METRICS_FILE, read_metrics
 from mmada.data import TextSource, load_tokenizer, prepare
 from tests.jobs.workers import run_together, small_recipe
 
@@ -219,6 +222,33 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(prep
     (run_dir / "checkpoints" / f"step-{HALF:08d}" / "random-0.pt").unlink()
     with pytest.raises(ClusterError, match=r"random-0.pt"):
         export.run(str(run_dir / "checkpoints" / f"step-{HALF:08d}"), str(tmp_path / "out"))
+
+
+def die_after_sealing(rank, recipe, run_dir, prepared):
+    from jobs.worker import TrainingWorker
+
+    (run_dir / "logs").mkdir(parents=True)
+    worker = TrainingWorker(recipe, run_dir, prepared, torch.device("cpu"), lambda message: None)
+    seal = worker.store.seal
+
+    def seal_and_die(*arguments):
+        seal(*arguments)
+        os._exit(9)
+
+    worker.store.seal = seal_and_die
+    worker.run()
+
+
+def test_a_checkpoint_never_covers_steps_whose_metrics_are_lost(prepared, tmp_path):
+    """Death right after a checkpoint became the current one: a resume skips its steps, so they must be on disk."""
+    run_dir, recipe = tmp_path / "run", recipe_for(tmp_path, (1, 0, 1))
+    with pytest.raises(ProcessExitedException, match="exit code 9"):
+        run_together(1, die_after_sealing, recipe, run_dir, prepared)
+    with (run_dir / METRICS_FILE).open("a") as file:
+        file.write('{"step": 5, "lo')  # what another moment of death would have left
+    losses, notes = run(recipe, run_dir, prepared)
+    assert f"going on from step-{HALF:08d}" in notes and sorted(losses) == list(range(HALF + 1, STEPS + 1))
+    assert [row["step"] for row in read_metrics(run_dir, up_to=STEPS)] == list(range(1, STEPS + 1))
 
 
 def test_without_zero_any_number_of_workers_goes_on(prepared, bare, tmp_path):
