@@ -48,7 +48,7 @@ def test_a_sealed_checkpoint_verifies_and_gives_its_metadata_back(tmp_path):
     assert (manifest["format_version"], manifest["step"]) == (1, 20)
     entry = manifest["files"]["ranks/0/optimizer.bin"]
     assert entry["bytes"] == 3502
-    oracle = subprocess.run(["sha256sum", folder / "ranks/0/optimizer.bin"], capture_output=True, text=True, timeout=20)
+    oracle = subprocess.run(["sha256sum", folder / "ranks/0/optimizer.bin"], capture_output=True, text=True, timeout=60)
     assert entry["sha256"] == oracle.stdout.split()[0]
 
 
@@ -253,7 +253,7 @@ with open(partial / "model.bin", "wb") as file:
     )
     assert [writer.stdout.readline() for _ in range(3)] == ["writing\n"] * 3
     writer.kill()
-    writer.communicate(timeout=20)
+    writer.communicate(timeout=60)
     assert names(store) == ["step-00000010", "step-00000020.partial"]
     fresh = CheckpointStore(tmp_path)
     assert fresh.newest_good(refuse) == good
@@ -268,7 +268,7 @@ def mounted(disk: Path) -> list[str]:
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=2m tmpfs {disk}"
     for unshare in (["unshare", "-m"], ["unshare", "-r", "-m"]):  # in a namespace of its own: gone with the command
-        if shutil.which("unshare") and subprocess.run([*unshare, "sh", "-c", mount], timeout=20).returncode == 0:
+        if shutil.which("unshare") and subprocess.run([*unshare, "sh", "-c", mount], timeout=60).returncode == 0:
             return [*unshare, "sh", "-c", f'{mount} && exec "$@"', "sh"]
     pytest.skip("the kernel lets nobody here mount a file system, so there is none that can be filled")
 

@@ -24,7 +24,7 @@ def test_everything_goes_to_the_log_and_our_lines_to_the_terminal(tmp_path, capf
         os.write(1, b"from a descriptor\n")
         os.write(2, b"from descriptor 2\n")
         LIBC.puts(b"from a C library")
-        subprocess.run(["sh", "-c", "echo from a child; echo from its stderr >&2"], check=True, timeout=20)
+        subprocess.run(["sh", "-c", "echo from a child; echo from its stderr >&2"], check=True, timeout=60)
         terminal.write("step 1\n")
     print("after")
     out, err = capfd.readouterr()
@@ -100,7 +100,7 @@ with quiet_terminal(Path({str(tmp_path / "run.log")!r})) as terminal:
 logging.info("after")
 logging.getLogger("inner").info("made inside, used after")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "before\nafter\n"
     assert done.stdout == "line\nmade inside, used after\n"
@@ -138,7 +138,7 @@ os._exit(0)
     process.stdout.close()
     process.stdin.close()
     assert process.stderr.read() == b"restored"
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=60) == 0
     process.stderr.close()
 
 
@@ -152,5 +152,5 @@ with quiet_terminal(Path({str(tmp_path / "run.log")!r})):
 print(child.pid)
 """
     # subprocess.run returns only when nobody has the pipe open any more.
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=60)
     os.kill(int(done.stdout), 9)

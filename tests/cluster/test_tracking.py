@@ -105,7 +105,7 @@ def server(tmp_path_factory):
         left = server.processes()
         for process in left:
             process.kill()
-        server.process.wait(timeout=15)
+        server.process.wait(timeout=60)
     assert left == []
 
 
