@@ -200,12 +200,13 @@ def running_cluster(tmp_path_factory):
         watchdog.cancel()
         head.terminate()
         try:
-            head.communicate(timeout=60)
+            head.wait(timeout=30)
         except subprocess.TimeoutExpired:  # Ray's own way of ending is not what is tested here
             for process in psutil.Process(head.pid).children(recursive=True):
                 process.kill()
             os.killpg(head.pid, signal.SIGKILL)
             head.wait(timeout=60)
+        head.stdout.close()
         left = processes_with(mark, wait_s=10)
         shutil.rmtree(temp_dir, ignore_errors=True)
     assert left == []
