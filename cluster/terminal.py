@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TextIO
 
 STDOUT, STDERR = 1, 2
-TAIL_BYTES = 256 * 1024
 
 # File descriptors 1 and 2 belong to the process, so what was there before is remembered for the process too.
 # The first entry is the real terminal; later ones are log files of enclosing blocks.

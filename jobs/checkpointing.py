@@ -38,7 +38,7 @@ class Resume:
 def find_resume(store: CheckpointStore, settings: EngineSettings, world: int, run_dir: Path) -> Resume | None:
     """The newest checkpoint that passes its checks; damaged ones are passed over, and said so in ``notes``.
 
-    One rank calls this. A checkpoint of another topology is converted to DeepSpeed's universal form beside it.
+    One rank calls this. A checkpoint of another topology is converted to DeepSpeed's universal form, for ``restore``.
     """
     found = Resume()
     found.folder = store.newest_good(lambda damaged: found.notes.append(f"{damaged}; going back to the one before"))
@@ -123,6 +123,9 @@ def restore(engine: Engine, resume: Resume, rank: int) -> int:
         engine.load(resume.engine_folder)
     else:
         engine.load_universal(resume.engine_folder, resume.step, _read_model(resume.folder / "model"))
+        dist.barrier()
+        if rank == 0:  # the converted copy has served: the next checkpoint is one of this topology
+            shutil.rmtree(resume.engine_folder.parent)
     own = resume.folder / f"random-{rank}.pt"
     if resume.same_topology and own.exists():
         _set_generators(torch.load(own, weights_only=False))

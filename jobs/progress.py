@@ -32,10 +32,6 @@ def read_metrics(run_dir: Path, up_to: int) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows) if step <= up_to]
 
 
-def _row(step: int, metrics: dict[str, float], checkpoint: str | None) -> dict[str, Any]:
-    return {"step": step, **metrics, **({"checkpoint": checkpoint} if checkpoint else {})}
-
-
 class Progress:
     """Gathers each step's metrics on rank 0 and reports them together, every few seconds.
 
@@ -72,21 +68,26 @@ class Progress:
             self._rows_log = open(self._rows_path, "a", buffering=1)  # noqa: SIM115 (lives as long as the worker)
         self._rows_log.write(json.dumps({"step": step, "rows": indices.tolist()}) + "\n")
 
-    def write(self, step: int, metrics: dict[str, float], checkpoint: str | None = None) -> None:
-        """Put one step on disk, where a driver finds it should this worker die before its next report."""
-        if self.rank == 0:
-            with self._metrics_path.open("a") as file:
-                file.write(json.dumps(_row(step, metrics, checkpoint)) + "\n")
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Take in one step. It is on disk at once, where a driver finds it should this worker die before ``send``."""
+        self._history.append({"step": step, **metrics})
+        self._write_newest()
 
-    def add(self, step: int, metrics: dict[str, float], checkpoint: str | None, *, force: bool) -> None:
-        """Take in one step that is on disk; report if it is time, or at once with ``force``."""
-        if self.rank == 0:
-            self._history.append(_row(step, metrics, checkpoint))
-        if checkpoint:
-            self.write(step, metrics, checkpoint)
+    def add_checkpoint(self, folder: str) -> None:
+        """The step taken in last has been saved in ``folder``."""
+        self._history[-1]["checkpoint"] = folder
+        self._write_newest()
+
+    def send(self, *, force: bool = False) -> None:
+        """Report what has gathered if it is time, or at once with ``force``."""
         if force or self._is_time():
             self._report({"history": self._history} if self.rank == 0 else {})
             self._history = []
+
+    def _write_newest(self) -> None:
+        if self.rank == 0:
+            with self._metrics_path.open("a") as file:
+                file.write(json.dumps(self._history[-1]) + "\n")
 
     def _is_time(self) -> bool:
         is_time = self.rank == 0 and time.monotonic() - self._last > REPORT_INTERVAL_S

@@ -146,7 +146,8 @@ class TrainingRun:
         cluster = self.recipe.cluster
         attempt = self.state.get("attempts", 0) + 1
         self._remember(attempts=attempt)
-        self.line.wait(f"starting {cluster.workers} workers …")
+        plural = "s" if cluster.workers > 1 else ""
+        self.line.wait(f"starting {cluster.workers} worker{plural} …")
         resources = {"CPU": cluster.cpus_per_worker}
         if cluster.gpus_per_worker:
             resources["GPU"] = cluster.gpus_per_worker

@@ -119,11 +119,11 @@ class TrainingWorker:
             last = done == train.steps
             if last or (train.evaluate_every and done % train.evaluate_every == 0):
                 metrics["bits_per_byte"] = self.evaluate(all_rows=last)
-            self.progress.write(done, metrics)  # before the checkpoint: what a resume skips has its metrics on disk
-            saved = None
-            if last or (train.checkpoint_every and done % train.checkpoint_every == 0):
-                saved = self.save(done)
-            self.progress.add(done, metrics, saved, force=last or saved is not None)
+            self.progress.add(done, metrics)  # before the checkpoint: what a resume skips has its metrics on disk
+            saves = last or (train.checkpoint_every > 0 and done % train.checkpoint_every == 0)
+            if saves:
+                self.progress.add_checkpoint(self.save(done))
+            self.progress.send(force=saves)
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step over the global batch of ``step``; metrics are those of the whole batch."""

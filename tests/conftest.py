@@ -4,8 +4,6 @@ import os
 
 import pytest
 
-SLOW_TIMEOUT_S = 900
-
 # Set on some machines; every process that a test starts would compile the whole stack anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Tokenizers warn about every fork after their own threads have run.
@@ -13,10 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where there is no GPU; give `slow` tests more time."""
-    for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+    """Skip `gpu` tests where there is no GPU."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
         import torch

@@ -21,12 +21,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jobs.bench.measuring import MATMUL_SIZE, file_to_write, matmul_flops, matmul_seconds
 from jobs.cli import Parser, int_from
 from jobs.recipe import Recipe, load_recipe
 from jobs.recipe_checks import check
 
 STACK, BARE, TRAINER, PEAK = "mmada (Ray Train, DeepSpeed)", "bare PyTorch loop", "transformers.Trainer", "peak"
 _TURN_TIMEOUT_S = 300
+_MATMULS = 4  # after each round
 
 
 def run(arguments: list[str]) -> int:
@@ -34,7 +36,7 @@ def run(arguments: list[str]) -> int:
     parser = Parser(prog="mmada bench train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int_from(1), default=7, help="turns of each contender (default 7)")
     parser.add_argument("--steps", type=int_from(1), default=6, help="optimizer steps of a turn (default 6)")
-    parser.add_argument("--json", type=Path, help="write every measurement to this file too")
+    parser.add_argument("--json", type=file_to_write, help="write every measurement to this file too")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for mmada train")
     options = parser.parse_args(arguments)
 
@@ -56,7 +58,7 @@ def run(arguments: list[str]) -> int:
 def _measure(
     recipe: Recipe, scratch: Path, rounds: int, steps: int, console: Console
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds per step of every contender's turns (and TFLOP/s under ``peak``); and the model's flops per token."""
+    """Seconds per step of every contender's turns (and per product under ``peak``); the model's flops per token."""
     import os
 
     import torch
@@ -89,7 +91,7 @@ def _measure(
                 seconds = contenders[name](steps)
                 if number:
                     measured[name].append(seconds)
-            measured[PEAK].append(_matmul_tflops())
+            measured[PEAK] += [matmul_seconds() for _ in range(_MATMULS)]
     return measured, float(flops_per_token)
 
 
@@ -156,7 +158,8 @@ def _stack_worker(config: dict[str, Any]) -> None:
     while steps := config["go"].get(timeout=_TURN_TIMEOUT_S):
         started = time.perf_counter()
         for _ in range(steps):
-            worker.progress.add(step + 1, worker.train_step(step), None, force=False)
+            worker.progress.add(step + 1, worker.train_step(step))
+            worker.progress.send()
             step += 1
         config["done"].put((time.perf_counter() - started) / steps)
 
@@ -224,22 +227,9 @@ def _trainer_turn(recipe: Recipe, prepared: Path, scratch: Path) -> Callable[[in
     return turn
 
 
-def _matmul_tflops(size: int = 1536, repeats: int = 4) -> float:
-    """Best of a few large float32 matrix products, in TFLOP/s."""
-    import torch
-
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds) / 1e12
-
-
 def _show(console: Console, recipe: Recipe, measured: dict[str, list[float]], flops: float, options: Any) -> None:
     tokens = recipe.train.global_batch * recipe.train.sequence_length
-    peak = max(measured[PEAK])
+    peak = matmul_flops(min(measured[PEAK]))
     what = f"preset {recipe.model.preset}, ZeRO {recipe.train.zero_stage}, {flops / 1e6:.1f} MFLOP per token"
     table = Table(title=f"{tokens} tokens per step, {what}")
     for column in ("", "tokens/s", "min – max", "of the bare loop", "of the peak"):
@@ -249,11 +239,12 @@ def _show(console: Console, recipe: Recipe, measured: dict[str, list[float]], fl
         # Ratios turn by turn: what slows the machine for a while slows neighbouring turns alike.
         ratio = statistics.median(b / s for s, b in zip(measured[name], measured[BARE], strict=True))
         median = statistics.median(speeds)
-        share = median * flops / 1e12 / peak
+        share = median * flops / peak
         table.add_row(
             name, f"{median:,.0f}", f"{min(speeds):,.0f} – {max(speeds):,.0f}", f"{ratio:.2f}", f"{share:.0%}"
         )
     console.print(table)
     console.print(
-        f"medians over {options.rounds} turns, taken in rotation; peak: {peak:.3f} TFLOP/s, a large float32 matmul"
+        f"medians of {options.rounds} turns in rotation; "
+        f"peak {peak / 1e12:.3f} TFLOP/s: the best float32 product of {MATMUL_SIZE} squared"
     )

@@ -5,6 +5,13 @@ import json
 import pytest
 
 from jobs.bench import train as bench
+from jobs.cli import CommandError
+
+
+@pytest.mark.parametrize(("path", "reason"), [("/nowhere/all.json", "make /nowhere first"), ("/", "name a file")])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(path, reason):
+    with pytest.raises(CommandError, match=reason):
+        bench.run(["--json", path])
 
 
 @pytest.mark.timeout(240)

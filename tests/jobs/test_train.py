@@ -173,6 +173,7 @@ def test_ctrl_c_ends_the_run_cleanly_and_resume_continues_it_with_one_worker(run
     again = start(runs, "run.name=stopped", "run.resume=true", *one_worker)
     code, out, err = finish(again)
     assert (code, err) == (0, "") and "converted" in out, (out, err)
+    assert not (run_dir / "universal").exists()  # what was converted has served
     continued = json.loads((run_dir / "summary.json").read_text())
     assert continued["status"] == "done" and continued["steps"] == reached + 10
     assert continued["mlflow_run_id"] == summary["mlflow_run_id"]
