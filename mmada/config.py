@@ -6,7 +6,16 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from mmada.config_parts import SECTIONS, make_section, section_dict
+from mmada.layer_pattern import expand_pattern
+
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # those of transformers
+POSITION_TYPES = ("rope", "alibi", "relative", "none")
+MIXER_TYPES = (
+    "attention", "window", "multiscale", "sparse", "ssm", "hybrid",
+    "memory", "memory_context", "memory_gate", "memory_layer",
+)  # fmt: skip
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @strict
@@ -15,9 +24,27 @@ class MMaDAConfig(PreTrainedConfig):
 
     ``vocab_size``, ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads``,
         ``head_dim`` (default hidden_size / num_attention_heads), ``intermediate_size``: as in Llama.
-    ``mlp_layer_types``: per layer ``"dense"`` or ``"moe"``; default all ``"moe"`` if ``num_experts`` else all dense.
+    ``mixer_types``: per layer what mixes along the sequence, one of ``MIXER_TYPES``; default attention everywhere.
+        ``"ssm,ssm,attention"`` repeats to the number of layers, ``"attention*4"`` counts.
+    ``mlp_layer_types``: per layer ``"dense"`` or ``"moe"``, in the same forms; default all ``"moe"`` if
+        ``num_experts`` else all dense.
+    ``hidden_act``: ``"silu"`` (SwiGLU) or ``"gelu_pytorch_tanh"`` (GeGLU), of every feed-forward but the experts.
+    ``position_embedding_type``: ``"rope"``, ``"alibi"``, ``"relative"`` (learned, T5 buckets) or ``"none"``.
+    ``relative_attention_num_buckets``, ``relative_attention_max_distance``: as in T5.
+    ``relative_bias_scaling``: ``"after"`` adds the learned bias to the scaled scores, ``"before"`` scales it with them.
+    ``sliding_window``: keys that a ``window`` layer sees, the token itself among them.
+    ``window_sizes``: of a ``multiscale`` layer, one per group of heads; -1 sees everything.
+    ``sparse_block_size``, ``sparse_window_blocks``, ``sparse_global_blocks``, ``sparse_random_blocks``: of ``sparse``.
+    ``attn_logit_softcapping``, ``final_logit_softcapping``: c·tanh(x/c) on scores and on logits, as in Gemma 2.
+    ``qk_norm``: RMSNorm of each query and key head before rotation, as in Gemma 3 and Qwen 3.
+    ``attention_normalizer``: ``"softmax"`` or ``"sparsemax"``.
+    ``ssm``, ``hybrid``, ``memory``, ``patches``: sections for these parts, see ``mmada.config_parts``.
     ``num_experts``, ``num_experts_per_tok``, ``moe_intermediate_size``: size of the mixture of experts.
     ``norm_topk_prob``: weights of the chosen experts are renormalised to sum to one.
+    ``num_shared_experts``: experts of the same size that every token goes through.
+    ``cross_expert_attention``, ``cross_expert_heads``: attention among a token's active experts.
+    ``router_normalizer``: ``"softmax"`` or ``"sparsemax"`` of the router's logits.
+    ``embedding_dropout``, ``token_mask_probability``: noise on the input embeddings in training.
     ``router_noise``: learned noise on the router's logits in training (Shazeer 2017), times ``router_noise_scale``.
     ``router_aux_loss_coef``: weight of the Switch balance loss; ``router_z_loss_coef``: of the router z-loss.
     ``router_balance_scope``: what the balance loss counts over: ``"batch"`` (all rows that go through a forward
@@ -35,11 +62,37 @@ class MMaDAConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int = 512
-    mlp_layer_types: list[str] | None = None
+    mixer_types: str | list[str] | None = None
+    mlp_layer_types: str | list[str] | None = None
+    hidden_act: str = "silu"
+    position_embedding_type: str = "rope"
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    relative_bias_scaling: str = "after"
+    sliding_window: int = 256
+    window_sizes: list[int] | None = None
+    sparse_block_size: int = 64
+    sparse_window_blocks: int = 3
+    sparse_global_blocks: int = 1
+    sparse_random_blocks: int = 1
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
+    qk_norm: bool = False
+    attention_normalizer: str = "softmax"
+    ssm: Any = None
+    hybrid: Any = None
+    memory: Any = None
+    patches: Any = None
     num_experts: int = 0
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 256
     norm_topk_prob: bool = True
+    num_shared_experts: int = 0
+    cross_expert_attention: bool = False
+    cross_expert_heads: int = 8
+    router_normalizer: str = "softmax"
+    embedding_dropout: float | int = 0.0
+    token_mask_probability: float | int = 0.0
     router_noise: bool = True
     router_noise_scale: float | int = 1.0
     router_aux_loss_coef: float | int = 0.01
@@ -63,8 +116,14 @@ class MMaDAConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.mlp_layer_types is None:
-            self.mlp_layer_types = ["moe" if self.num_experts else "dense"] * int(self.num_hidden_layers)
+        layers = int(self.num_hidden_layers)
+        self.mixer_types = expand_pattern("mixer_types", self.mixer_types, layers, "attention")
+        default = "moe" if self.num_experts else "dense"
+        self.mlp_layer_types = expand_pattern("mlp_layer_types", self.mlp_layer_types, layers, default)
+        if self.window_sizes is None:
+            self.window_sizes = [64, 256, 1024, -1]
+        for name in SECTIONS:
+            setattr(self, name, make_section(name, getattr(self, name)))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -82,14 +141,24 @@ class MMaDAConfig(PreTrainedConfig):
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, and rotary positions turn pairs; use an even one")
         types = self.mlp_layer_types
-        if len(types) != self.num_hidden_layers:
-            raise ValueError(
-                f"mlp_layer_types has {len(types)} entries for num_hidden_layers={self.num_hidden_layers}; "
-                "give one per layer"
-            )
-        for kind in types:
-            if kind not in ("dense", "moe"):
-                raise ValueError(f"mlp_layer_types holds {kind!r}; use 'dense' or 'moe'")
+        for name, allowed in (("mixer_types", MIXER_TYPES), ("mlp_layer_types", ("dense", "moe"))):
+            for kind in getattr(self, name):
+                if kind not in allowed:
+                    raise ValueError(f"{name} holds {kind!r}; use {', '.join(map(repr, allowed))}")
+        for name, allowed in (
+            ("position_embedding_type", POSITION_TYPES),
+            ("relative_bias_scaling", ("after", "before")),
+            ("hidden_act", ACTIVATIONS),
+            ("attention_normalizer", ("softmax", "sparsemax")),
+            ("router_normalizer", ("softmax", "sparsemax")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
+        for name in ("embedding_dropout", "token_mask_probability"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1); use 0 for none")
+        for name in self.sections_in_use:
+            getattr(self, name).check(self)
         if self.num_experts < 0:
             raise ValueError(f"num_experts={self.num_experts} is negative; use 0 for a dense model")
         if "moe" in types and self.num_experts == 0:
@@ -119,6 +188,26 @@ class MMaDAConfig(PreTrainedConfig):
             raise ValueError(f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}; use 0, say")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} is not in [0, 1); use 0 for none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers' own, the sections as plain dictionaries."""
+        values = super().to_dict()
+        for name, kind in SECTIONS.items():
+            if isinstance(values.get(name), kind):
+                values[name] = section_dict(values[name])
+        return values
+
+    @property
+    def sections_in_use(self) -> list[str]:
+        """Names of the sections whose parts are built."""
+        kinds = set(self.mixer_types)
+        in_use = {
+            "ssm": bool(kinds & {"ssm", "hybrid"}),
+            "hybrid": "hybrid" in kinds,
+            "memory": any(kind.startswith("memory") for kind in kinds),
+            "patches": self.patches.mode != "none",
+        }
+        return [name for name, used in in_use.items() if used]
 
     @property
     def moe_layers(self) -> list[int]:

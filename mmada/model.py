@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -22,6 +21,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from mmada.config import MMaDAConfig
 from mmada.nn.block import Block
+from mmada.nn.cache import MMaDACache
+from mmada.nn.context import Context, front_order, take_columns
 from mmada.nn.experts import Experts
 from mmada.nn.mixers.attention import Attention
 from mmada.nn.positions import rotary_cos_sin
@@ -78,7 +79,6 @@ class MMaDAModel(MMaDAPreTrainedModel):
         self.post_init()
 
     @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -92,47 +92,92 @@ class MMaDAModel(MMaDAPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """(B, T) ids or (B, T, D) embeddings to (B, T, D).
 
+        ``attention_mask`` (B, T) or (B, past + T) is 0 for padding, which may stand anywhere in a row.
         ``position_ids`` that start again inside a row mark packed documents, which do not see each other.
         ``sample_ids`` (B,), int64, names the rows in the whole run; the router's noise is a function of it. Without
         it the noise is drawn from torch's generator.
-        Raises ValueError unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+        Raises ValueError unless exactly one of ``input_ids`` and ``inputs_embeds`` is given, and for a cache or a
+        mask of another kind.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        filled_cache = past_key_values  # a new one has nothing to mask, and packed rows are only seen without one
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = self._cache(past_key_values, use_cache)
+        valid_BT = valid_columns(attention_mask, hidden.shape[1])
+        order_BT = None if valid_BT is None else front_order(valid_BT)
+        context = self._context(hidden, position_ids, valid_BT, order_BT, cache)
+        if order_BT is not None:
+            hidden = take_columns(hidden, order_BT)
+        outputs = self._blocks(hidden, context, self._noise_keys(hidden, sample_ids), cache, **kwargs)
+        if cache is not None:
+            cache.advance(hidden.shape[1], valid_BT)
+        if order_BT is not None:
+            restore_columns(outputs, order_BT.argsort(dim=1))
+        outputs.past_key_values = cache
+        return outputs
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> MMaDACache | None:
+        if past_key_values is None:
+            return MMaDACache(self.config.num_hidden_layers) if use_cache else None
+        if not isinstance(past_key_values, MMaDACache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, which cannot hold every kind of layer; "
+                "leave it out, or give an MMaDACache(config.num_hidden_layers)"
+            )
+        return past_key_values
+
+    def _context(
+        self,
+        hidden_BTD: Tensor,
+        position_ids: Tensor | None,
+        valid_BT: Tensor | None,
+        order_BT: Tensor | None,
+        cache: MMaDACache | None,
+    ) -> Context:
+        """What the layers are told; hidden states and positions as the caller ordered them."""
+        (batch, length), device = hidden_BTD.shape[:2], hidden_BTD.device
+        past_B = None if cache is None else cache.lengths_B
+        past = 0 if cache is None else cache.columns if past_B is None else int(past_B.max())
+        documents_BT = None
         if position_ids is None:
-            seen = filled_cache.get_seq_length() if filled_cache is not None else 0
-            position_ids = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=filled_cache,
-            position_ids=position_ids,
+            start = past if past_B is None else past_B[:, None]
+            position_ids = (start + torch.arange(length, device=device)[None]).expand(batch, length)
+        else:
+            position_ids = position_ids.expand(batch, length)
+            if past == 0 and valid_BT is None:
+                documents_BT = packed_documents(position_ids)
+            if order_BT is not None:
+                position_ids = take_columns(position_ids, order_BT)
+        return Context(
+            shape=(batch, length),
+            device=device,
+            position_ids_BT=position_ids,
+            lengths_B=None if valid_BT is None else valid_BT.sum(dim=1),
+            past=past,
+            past_B=past_B,
+            documents_BT=documents_BT,
+            rotary=rotary_cos_sin(self.config, position_ids, hidden_BTD.dtype)
+            if self.config.position_embedding_type == "rope"
+            else None,
         )
-        rotary = rotary_cos_sin(self.config, position_ids, hidden.dtype)
-        noise_keys_T = self._noise_keys(hidden, sample_ids)
+
+    @capture_outputs
+    def _blocks(
+        self,
+        hidden_states: Tensor,
+        context: Context,
+        noise_keys_T: Tensor | None,
+        cache: MMaDACache | None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """The blocks and the last norm, on rows in front layout."""
         router_logits = []
         for layer in self.layers:
-            hidden, logits_TE = layer(
-                hidden,
-                noise_keys_T,
-                attention_mask=mask,
-                position_embeddings=rotary,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
+            hidden_states, logits_TE = layer(hidden_states, context, noise_keys_T, past_key_values=cache)
             if logits_TE is not None:
                 router_logits.append(logits_TE)
         return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden),
-            past_key_values=past_key_values,
-            router_logits=tuple(router_logits) or None,
+            last_hidden_state=self.norm(hidden_states), router_logits=tuple(router_logits) or None
         )
 
     def _noise_keys(self, hidden_BTD: Tensor, sample_ids_B: Tensor | None) -> Tensor | None:
@@ -144,6 +189,45 @@ class MMaDAModel(MMaDAPreTrainedModel):
             sample_ids_B = torch.randint(2**62, (batch,), device=hidden_BTD.device)
         column_T = torch.arange(length, device=hidden_BTD.device)
         return (mix64(sample_ids_B)[:, None] + column_T).flatten()
+
+
+def valid_columns(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """Which of the last ``length`` columns are real tokens, (B, T); None where all are. Raises ValueError."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}; give (batch, tokens), 1 for tokens and 0 "
+            "for padding"
+        )
+    valid_BT = attention_mask[:, -length:].bool()
+    return None if bool(valid_BT.all()) else valid_BT
+
+
+def packed_documents(position_ids_BT: Tensor) -> Tensor | None:
+    """Number of each token's document where positions start again inside a row, (B, T); None where none do."""
+    starts_BT = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
+    if not bool(starts_BT.any()):
+        return None
+    return torch.nn.functional.pad(starts_BT.cumsum(dim=1), (1, 0))
+
+
+def restore_columns(outputs: MoeModelOutputWithPast, order_BT: Tensor) -> None:
+    """Put the columns of everything in ``outputs`` back where the caller had them."""
+    batch, length = order_BT.shape
+    outputs.last_hidden_state = take_columns(outputs.last_hidden_state, order_BT)
+    if outputs.router_logits is not None:
+        outputs.router_logits = tuple(
+            take_columns(z.view(batch, length, -1), order_BT).flatten(0, 1) for z in outputs.router_logits
+        )
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(take_columns(states, order_BT) for states in outputs.hidden_states)
+    if outputs.attentions is not None:
+        rows = (take_columns(weights, order_BT, dim=2) for weights in outputs.attentions)
+        # Columns of a filled cache are numbered without padding.
+        outputs.attentions = tuple(
+            take_columns(weights, order_BT, dim=3) if weights.shape[3] == length else weights for weights in rows
+        )
 
 
 class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
@@ -191,6 +275,8 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
         result = MMaDAOutput(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -211,6 +297,22 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
         if self.training and outputs.router_logits:
             self._add_router_losses(result, num_sequences=logits.shape[0])
         return result
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Give ``generate`` a cache that holds any mixture of layers."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation} cannot hold every kind of layer; "
+                "leave it out"
+            )
+        if generation_config.use_cache is False:
+            return
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = MMaDACache(self.config.num_hidden_layers)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+        else:
+            model_kwargs["past_key_values"]._is_user_defined = True
 
     def _add_router_losses(self, result: MMaDAOutput, num_sequences: int) -> None:
         blocks = [self.model.layers[index] for index in self.config.moe_layers]

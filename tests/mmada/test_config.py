@@ -13,7 +13,7 @@ from mmada.presets import build_config
         ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 is not between 1 and num_experts=4; use at most 4"),
         ({"num_experts": 0, "mlp_layer_types": ["moe", "moe"]}, "num_experts=0; set num_experts"),
         ({"mlp_layer_types": ["dense"]}, "mlp_layer_types has 1 entries for num_hidden_layers=2; give one per layer"),
-        ({"mlp_layer_types": ["dense", "sparse"]}, "'sparse'; use 'dense' or 'moe'"),
+        ({"mlp_layer_types": ["dense", "sparse"]}, "'sparse'; use 'dense', 'moe'"),
         ({"hidden_size": 0}, "hidden_size=0 is not positive; use 1 or more"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
         ({"router_balance_scope": "layer"}, "router_balance_scope='layer' is unknown; use 'batch' or 'sequence'"),

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmada.config import MMaDAConfig
+from mmada.nn.cache import MMaDACache
+from mmada.nn.context import Context
+from mmada.nn.masks import causal_mask
 from mmada.nn.positions import rotate
 
 
@@ -34,8 +36,10 @@ def eager_attention(
     key = key.repeat_interleave(groups, dim=1)
     value = value.repeat_interleave(groups, dim=1)
     scores_BHTS = query @ key.transpose(2, 3) * scaling
+    if attention_mask is None and query.shape[2] > 1:
+        attention_mask = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=query.device).tril()
     if attention_mask is not None:
-        scores_BHTS = scores_BHTS + attention_mask
+        scores_BHTS = scores_BHTS.masked_fill(~attention_mask, -torch.inf)
     wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
     weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=wide).to(query.dtype)
     weights_BHTS = nn.functional.dropout(weights_BHTS, p=dropout, training=module.training)
@@ -45,9 +49,9 @@ def eager_attention(
 class Attention(nn.Module):
     """Query head i reads key/value head i // (H / G) (grouped-query attention, arXiv:2305.13245)."""
 
-    def __init__(self, config: MMaDAConfig, layer_idx: int) -> None:
+    def __init__(self, config: MMaDAConfig, layer_idx: int, kind: str = "attention") -> None:
         super().__init__()
-        self.config, self.layer_idx = config, layer_idx
+        self.config, self.layer_idx, self.kind = config, layer_idx, kind
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
@@ -59,12 +63,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
+        self, hidden_states: Tensor, context: Context, past_key_values: MMaDACache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Mix (B, T, D) along T; keys and values join ``past_key_values`` where one is given.
 
@@ -74,18 +73,22 @@ class Attention(nn.Module):
         query = self.q_proj(hidden_states).view(heads_BTHK).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads_BTHK).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads_BTHK).transpose(1, 2)
-        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if context.rotary is not None:
+            query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
+        offset = 0
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value, offset = past_key_values.layers[self.layer_idx].key_values().append(key, value, context)
+        mask = context.once(
+            ("causal", key.shape[2], offset), lambda: causal_mask(context, num_keys=key.shape[2], offset=offset)
+        )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed_BTHK, weights = attend(
             self,
             query,
             key,
             value,
-            attention_mask,
+            mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            **kwargs,
         )
         return self.o_proj(mixed_BTHK.reshape(*hidden_states.shape[:-1], -1)), weights

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 
 from mmada.config import MMaDAConfig
 from mmada.nn.mixers.attention import Attention
-from mmada.nn.positions import rotary_cos_sin
+from tests.mmada.nn.layers import make_context, run_mixer
 
 SHAPE = {
     "hidden_size": 48,
@@ -49,17 +49,17 @@ def test_equals_llama_by_value_and_gradient(pair):
     position_ids = torch.arange(29)[None].expand(2, -1)
     states = torch.randn(2, 29, 48, dtype=torch.float64)
     direction = torch.randn(2, 29, 48, dtype=torch.float64)
-    rotary = {
-        ours: rotary_cos_sin(ours.config, position_ids, torch.float64),
-        theirs: llama_rotary(states, position_ids),
-    }
     outputs, gradients = [], []
     for attention in (ours, theirs):
         own = states.clone().requires_grad_()
-        mask = create_causal_mask(
-            config=attention.config, inputs_embeds=own, attention_mask=None, past_key_values=None, position_ids=None
-        )
-        output, _ = attention(own, position_embeddings=rotary[attention], attention_mask=mask)
+        if attention is ours:
+            output = run_mixer(ours, own)
+        else:
+            mask = create_causal_mask(
+                config=theirs.config, inputs_embeds=own, attention_mask=None, past_key_values=None, position_ids=None
+            )
+            rotary = llama_rotary(own, position_ids)
+            output, _ = theirs(own, position_embeddings=rotary, attention_mask=mask)
         (output * direction).sum().backward()
         outputs.append(output)
         gradients.append([own.grad] + [p.grad for p in attention.parameters()])
@@ -70,16 +70,11 @@ def test_equals_llama_by_value_and_gradient(pair):
 
 def test_eager_equals_sdpa_and_returns_weights_that_sum_to_one(pair):
     ours, _, _ = pair
-    position_ids = torch.arange(17)[None]
     states = torch.randn(1, 17, 48, dtype=torch.float64)
-    rotary = rotary_cos_sin(ours.config, position_ids, torch.float64)
     results = {}
     for kernel in ("sdpa", "eager"):
         ours.config._attn_implementation = kernel
-        mask = create_causal_mask(
-            config=ours.config, inputs_embeds=states, attention_mask=None, past_key_values=None, position_ids=None
-        )
-        results[kernel] = ours(states, position_embeddings=rotary, attention_mask=mask)
+        results[kernel] = ours(states, make_context(ours.config, 1, 17))
     assert_close(results["eager"][0], results["sdpa"][0], rtol=1e-6, atol=1e-9)
     weights_BHTS = results["eager"][1]
     assert weights_BHTS.shape == (1, 6, 17, 17)

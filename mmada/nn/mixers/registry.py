@@ -1,0 +1,25 @@
+"""Every kind of sequence mixer by its name in ``MMaDAConfig.mixer_types``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from mmada.config import MMaDAConfig
+from mmada.nn.mixers.attention import Attention
+
+MIXERS: dict[str, Callable[[MMaDAConfig, int], nn.Module]] = {
+    "attention": partial(Attention, kind="attention"),
+}
+
+
+def build_mixer(config: MMaDAConfig, layer_idx: int) -> nn.Module:
+    """The mixer of one layer.
+
+    Every mixer is called ``mixer(hidden_states, context, past_key_values) -> (mixed, weights)``: (B, T, D) to
+    (B, T, D), and attention weights (B, H, T, S) where the kernel knows them, else None. ``context`` is a
+    ``mmada.nn.context.Context``; ``past_key_values`` an ``MMaDACache``, or None.
+    """
+    return MIXERS[config.mixer_types[layer_idx]](config, layer_idx)
