@@ -62,6 +62,8 @@ class MMaDAPreTrainedModel(PreTrainedModel):
             init.zeros_(module.noise_weight)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
+        elif hasattr(module, "init_own_weights"):
+            module.init_own_weights(self.config)
         bias = getattr(module, "e_score_correction_bias", None)
         if bias is not None:
             init.zeros_(bias)
