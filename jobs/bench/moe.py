@@ -164,7 +164,7 @@ def contenders(shape: Shape) -> dict[str, nn.Module]:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
     from mmada.config import MMaDAConfig
-    from mmada.nn.ffn import SwiGLU
+    from mmada.nn.ffn import FeedForward
     from mmada.nn.moe import MoE
 
     attention = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}  # not measured, but must be valid
@@ -176,7 +176,7 @@ def contenders(shape: Shape) -> dict[str, nn.Module]:
     }
 
     def dense(intermediate_size: int) -> nn.Module:
-        return SwiGLU(MMaDAConfig(**sizes, **attention, intermediate_size=intermediate_size))
+        return FeedForward(MMaDAConfig(**sizes, **attention, intermediate_size=intermediate_size))
 
     def deepspeed_moe(**capacity: Any) -> nn.Module:
         expert = dense(shape.moe_intermediate_size)

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmada.config import MMaDAConfig
 from mmada.nn.context import Context
-from mmada.nn.ffn import SwiGLU
+from mmada.nn.ffn import FeedForward
 from mmada.nn.mixers.registry import build_mixer
 from mmada.nn.moe import MoE
 from mmada.nn.router import RouterTap
@@ -28,7 +28,7 @@ class Block(GradientCheckpointingLayer):
         self.mixer = build_mixer(config, layer_idx)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         is_moe = config.mlp_layer_types[layer_idx] == "moe"
-        self.mlp: nn.Module = MoE(config) if is_moe else SwiGLU(config)
+        self.mlp: nn.Module = MoE(config) if is_moe else FeedForward(config)
         self.router_tap = RouterTap(config, layer_idx) if is_moe else None
 
     def forward(
