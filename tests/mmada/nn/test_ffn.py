@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from mmada.config import MMaDAConfig
 from mmada.nn.ffn import FeedForward
 
-D, F = 32, 40
+D, F = 96, 40
 
 
 @pytest.mark.parametrize(
