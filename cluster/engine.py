@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cluster.errors import ClusterError
 from cluster.expert_names import DOWN, GATE, UP, ExpertNames
+from cluster.parameter_groups import parameter_groups
 
 # Elements that DeepSpeed gathers before it reduces gradients; its own default of 5e8 takes 2 GB in float32.
 REDUCE_BUCKET_SIZE = 50_000_000
@@ -87,16 +88,6 @@ class EngineSettings:
                 **(self.expert_layout or {}),
             }
         return config
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (norms, biases) do not, as everywhere since GPT-2."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"name": "matrices", "params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"name": "vectors", "params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 class Engine:

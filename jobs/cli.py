@@ -64,8 +64,8 @@ def run(arguments: list[str]) -> int:
     if not verb.startswith("-") and verb not in VERBS:
         raise CommandError(f"verb={verb} is unknown; {suggestion(verb, VERBS)}")
     own, rest = arguments, []
-    if verb == "bench" and not "".join(arguments[1:2]).startswith("-"):
-        own, rest = arguments[:2], arguments[2:]  # what follows a bench's name is the bench's own, its --help too
+    if verb in ("bench", "study") and not "".join(arguments[1:2]).startswith("-"):
+        own, rest = arguments[:2], arguments[2:]  # what follows such a name is its own, --help too
     options, unknown = parser.parse_known_args(own)
     if unknown:
         raise CommandError(f"argument={unknown[0]} is not known to mmada {verb}; see mmada {verb} --help")
@@ -141,6 +141,17 @@ def bench(options: argparse.Namespace) -> int:
     return importlib.import_module(f"jobs.bench.{options.name}").run(options.rest)
 
 
+def study(options: argparse.Namespace) -> int:
+    """Compare variants of a recipe over several seeds."""
+    from jobs.studies.catalogue import STUDIES
+
+    if options.name not in STUDIES:
+        raise CommandError(f"name={options.name} is no study; {suggestion(options.name, STUDIES)}")
+    from jobs.studies.run import run
+
+    return run(options.name, options.rest)
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Show what this machine has and lacks."""
     from jobs.doctor import run
@@ -154,6 +165,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": export,
     "generate": generate,
     "bench": bench,
+    "study": study,
     "doctor": doctor,
 }
 
@@ -206,9 +218,22 @@ def build_parser() -> Parser:
     each = add("bench", "measure, and print the numbers")
     each.add_argument("name", metavar="NAME", help=f"one of: {', '.join(bench_names())}; its own arguments follow")
 
+    each = add("study", "train variants of a recipe with several seeds and say what can be told apart")
+    each.add_argument("name", metavar="NAME", help="positions, memory, recall or experts; its own arguments follow")
+
     each = add("doctor", "show what this machine has, what is missing and how to get it")
     each.add_argument("--deep", action="store_true", help="start Ray and write to an MLflow store, too")
     return parser
+
+
+def file_to_write(text: str) -> Path:
+    """Reads the path of a file in a folder that exists, so that nothing is measured in vain."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} lies in no existing folder; make {path.parent} first")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+    return path
 
 
 def int_from(low: int) -> Callable[[str], int]:

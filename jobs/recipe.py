@@ -87,17 +87,20 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not (dot and section and field):
         guess = sections_of(key)
         raise RecipeError(f"override={override} names no section; write {guess or 'section.key'}={text}")
-    if "." in field:
-        whole, _, inner = field.partition(".")
+    *outer, last = field.split(".")
+    if outer and section != "model":  # only the model has keys inside keys: model.ssm.state_size
         raise RecipeError(
-            f"override={override} reaches inside a key; set it whole: {section}.{whole}={{{inner}: {text}}}"
+            f"override={override} reaches inside a key; set it whole: {section}.{outer[0]}={{{last}: {text}}}"
         )
-    target = values.setdefault(section, {})
-    if target is None:
-        target = values[section] = {}
-    if not isinstance(target, dict):
-        raise RecipeError(f"{section}={shown(target)} is not {WANTED['model_type']}")
-    target[field] = parse(text, f"override={override}")
+    target, path = values, ""
+    for name in (section, *outer):
+        path = f"{path}.{name}" if path else name
+        if target.get(name) is None:
+            target[name] = {}
+        target = target[name]
+        if not isinstance(target, dict):
+            raise RecipeError(f"{path}={shown(target)} is not {WANTED['model_type']}")
+    target[last] = parse(text, f"override={override}")
 
 
 def parse(text: str, name: str) -> Any:

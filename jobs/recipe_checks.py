@@ -165,7 +165,7 @@ def model_mistake(reason: str, overrides: dict[str, Any], known: set[str]) -> st
     ``overrides`` are the fields that the recipe sets, ``known`` all there are.
     """
     reason = " ".join(reason.split())
-    field = re.split(r"[= ]", reason, maxsplit=1)[0]
+    field = re.split(r"[= .:]", reason, maxsplit=1)[0]
     sets = ", ".join(f"model.{name}={shown(value)}" for name, value in overrides.items())
     if field not in known:
         return f"{sets or 'model'} cannot be built: {reason}; use other values or leave them out"

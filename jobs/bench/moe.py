@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jobs.bench.measuring import MATMUL_SIZE, file_to_write, matmul_flops, matmul_seconds
-from jobs.cli import Parser, int_from
+from jobs.bench.measuring import MATMUL_SIZE, matmul_flops, matmul_seconds
+from jobs.cli import Parser, file_to_write, int_from
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.bench.measuring import MATMUL_SIZE, file_to_write, matmul_flops, matmul_seconds
-from jobs.cli import Parser, int_from
+from jobs.bench.measuring import MATMUL_SIZE, matmul_flops, matmul_seconds
+from jobs.cli import Parser, file_to_write, int_from
 from jobs.recipe import Recipe, load_recipe
 from jobs.recipe_checks import check
 
@@ -165,9 +165,9 @@ def _stack_worker(config: dict[str, Any]) -> None:
 
 
 def _bare_turn(recipe: Recipe, prepared: Path) -> Callable[[int], float]:
-    from jobs.bench.bare_loop import BareLoop
+    from jobs.bare_loop import BareLoop, text_batches
 
-    loop, done = BareLoop(recipe, prepared), 0
+    loop, done = BareLoop(recipe, text_batches(recipe, prepared)), 0
 
     def turn(steps: int) -> float:
         nonlocal done

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.bench.bare_loop import BareLoop
+from jobs.bare_loop import BareLoop, text_batches
 from jobs.recipe import Recipe
 from mmada.data import TextSource, load_tokenizer, prepare
 from tests.jobs.workers import run_together, small_recipe
@@ -69,7 +69,8 @@ def bare(prepared, tmp_path_factory) -> dict[int, list[tuple[float, float]]]:
     torch.set_num_threads(1)
     folder, found = tmp_path_factory.mktemp("bare"), {}
     for top_k, _, _ in TOP_K.values():
-        loop = BareLoop(recipe_of(folder, 1, top_k, {}), prepared)
+        recipe = recipe_of(folder, 1, top_k, {})
+        loop = BareLoop(recipe, text_batches(recipe, prepared))
         found[top_k] = [loop.step(step) for step in range(STEPS)]
     torch.set_num_threads(threads)
     return found

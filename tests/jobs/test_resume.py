@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import ClusterError
 from jobs import export
-from jobs.bench.bare_loop import BareLoop
+from jobs.bare_loop import BareLoop, text_batches
 from jobs.progress import METRICS_FILE, read_metrics
 from mmada.data import TextSource, load_tokenizer, prepare
 from tests.jobs.workers import run_together, small_recipe
@@ -94,7 +94,8 @@ def run(recipe, run_dir, prepared, stop=NEVER):
 @pytest.fixture(scope="module")
 def bare(prepared, tmp_path_factory):
     """The uninterrupted curve, and the weights at its end."""
-    loop = BareLoop(recipe_for(tmp_path_factory.mktemp("bare"), (1, 0, 1)), prepared)
+    recipe = recipe_for(tmp_path_factory.mktemp("bare"), (1, 0, 1))
+    loop = BareLoop(recipe, text_batches(recipe, prepared))
     return [loop.step(step)[0] for step in range(STEPS)], loop.model.state_dict()
 
 

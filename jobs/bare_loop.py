@@ -1,12 +1,17 @@
-"""The same training without Ray, DeepSpeed or torch.distributed: what the whole stack is measured against."""
+"""Training in one process, without Ray, DeepSpeed or torch.distributed.
+
+The whole stack is measured against it, and small studies are run with it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from cluster.engine import parameter_groups
+from cluster.parameter_groups import parameter_groups
 from jobs.model_building import build_model
 from jobs.recipe import Recipe
 from mmada.data import global_batch_indices, open_prepared, sample_ids
@@ -14,11 +19,13 @@ from mmada.training.schedules import warmup_cosine
 
 
 class BareLoop:
-    """One process, one PyTorch AdamW, the recipe's model, batches and schedule."""
+    """One process, one PyTorch AdamW, the recipe's model and schedule.
 
-    def __init__(self, recipe: Recipe, prepared: Path) -> None:
-        self.recipe, train = recipe, recipe.train
-        self.rows = open_prepared(prepared).train.rows(train.sequence_length)
+    ``batches(step)`` gives the batch of a step, ``input_ids`` and ``shift_labels`` at least.
+    """
+
+    def __init__(self, recipe: Recipe, batches: Callable[[int], dict[str, Tensor]]) -> None:
+        self.recipe, self.batches, train = recipe, batches, recipe.train
         self.model = build_model(recipe).train()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, train.weight_decay),
@@ -30,7 +37,7 @@ class BareLoop:
     def step(self, step: int) -> tuple[float, float]:
         """One optimizer step; language-model loss in nats per token, and the gradient's norm before clipping."""
         recipe, train = self.recipe, self.recipe.train
-        batch = self.rows.batch(global_batch_indices(recipe.run.seed, step, train.global_batch, len(self.rows)))
+        batch = self.batches(step)
         output = self.model(
             **batch,
             sample_ids=torch.from_numpy(sample_ids(recipe.run.seed, step, train.global_batch)),
@@ -52,3 +59,13 @@ class BareLoop:
         if output.expert_load is not None:
             self.model.update_router_bias(output.expert_load)
         return output.lm_loss.item(), norm.item()
+
+
+def text_batches(recipe: Recipe, prepared: Path) -> Callable[[int], dict[str, Tensor]]:
+    """The global batches of ``mmada train`` from prepared text."""
+    rows = open_prepared(prepared).train.rows(recipe.train.sequence_length)
+
+    def batch(step: int) -> dict[str, Tensor]:
+        return rows.batch(global_batch_indices(recipe.run.seed, step, recipe.train.global_batch, len(rows)))
+
+    return batch

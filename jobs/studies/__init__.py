@@ -1,0 +1,1 @@
+"""Small comparisons that a reader can run again in minutes: variants of one recipe, several seeds, intervals."""

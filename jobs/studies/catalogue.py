@@ -1,0 +1,89 @@
+"""The studies that there are, by name."""
+
+from __future__ import annotations
+
+from jobs.studies.study import Claim, RecallTaskSetting, Study, TextTask
+
+_LONG, _SHORT = "at 2048", "at 128"
+_FAR = "at 192"
+
+POSITIONS = Study(
+    title="Position schemes trained at 128 tokens and read at up to 2048",
+    recipe="positions",
+    task=TextTask(lengths=(128, 256, 512, 1024, 2048)),
+    variants={
+        "alibi": ["model.position_embedding_type=alibi"],
+        "rope": ["model.position_embedding_type=rope"],
+        "relative": ["model.position_embedding_type=relative"],
+        "none": ["model.position_embedding_type=none"],
+    },
+    claims=[
+        Claim("alibi", "alibi", _LONG, worse_measure=_SHORT, margin=0.02),
+        Claim("alibi", "rope", _LONG),
+        Claim("alibi", "none", _LONG),
+    ],
+    lower_is_better=True,
+)
+
+MEMORY = Study(
+    title="Neural memory: what each of its parts is good for",
+    recipe="memory",
+    task=TextTask(lengths=(128,)),
+    variants={
+        "full": [],
+        "no persistent tokens": ["model.memory.num_persistent_tokens=0"],
+        "linear memory": ["model.memory.depth=1"],
+        "no convolution": ["model.memory.convolution=false"],
+        "no momentum": ["model.memory.momentum=false"],
+        "no forgetting": ["model.memory.forgetting=false"],
+    },
+    claims=[
+        Claim("full", "no persistent tokens", _SHORT),
+        Claim("no persistent tokens", "linear memory", _SHORT),
+        Claim("no persistent tokens", "no convolution", _SHORT),
+        Claim("linear memory", "no momentum", _SHORT),
+        Claim("linear memory", "no forgetting", _SHORT),
+        Claim("no convolution", "no momentum", _SHORT),
+        Claim("no convolution", "no forgetting", _SHORT),
+    ],
+    lower_is_better=True,
+)
+
+RECALL = Study(
+    title="Associative recall, questions 64 tokens and more behind a window of 32",
+    recipe="hybrid",
+    task=RecallTaskSetting(lengths=(96, 192)),
+    variants={
+        "attention": ["model.mixer_types=attention"],
+        "window": ["model.mixer_types=window"],
+        "state space": ["model.mixer_types=ssm"],
+        "hybrid": ["model.mixer_types=hybrid"],
+        "memory": ["model.mixer_types=memory"],
+        "memory and window": ["model.mixer_types=memory_gate"],
+    },
+    claims=[
+        Claim("hybrid", "window", _FAR),
+        Claim("hybrid", "state space", _FAR),
+        Claim("memory and window", "window", _FAR),
+        Claim("memory", "window", _FAR),
+    ],
+    lower_is_better=False,
+)
+
+EXPERTS = Study(
+    title="Experts and a dense feed-forward that cost the same operations",
+    recipe="experts",
+    task=TextTask(lengths=(128,)),
+    variants={
+        "noisy top-2 of 8": [],
+        "top-2 of 8 without noise": ["model.router_noise=false"],
+        "dense": ["model.num_experts=0"],
+    },
+    claims=[
+        Claim("noisy top-2 of 8", "dense", _SHORT),
+        Claim("noisy top-2 of 8", "top-2 of 8 without noise", _SHORT),
+    ],
+    lower_is_better=True,
+)
+
+STUDIES: dict[str, Study] = {"positions": POSITIONS, "memory": MEMORY, "recall": RECALL, "experts": EXPERTS}

@@ -1,0 +1,143 @@
+"""``mmada study``: train the variants of one recipe with several seeds, and say what can be told apart.
+
+Each trial is an ordinary training in a process of its own with one thread, without Ray: the models are small, and
+only their comparison counts. Every variant meets the same seeds, so differences are taken seed by seed.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.cli import Parser, file_to_write, int_from
+from jobs.recipe import load_recipe
+from jobs.recipe_checks import check
+from jobs.studies.catalogue import STUDIES
+from jobs.studies.intervals import Interval, interval, verdict
+from jobs.studies.study import Claim, Study, TextTask
+
+Results = dict[str, dict[int, dict[str, float]]]  # variant, seed, measure
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Carry out a study and print its tables; ``arguments`` are the command line's."""
+    parser = Parser(prog=f"mmada study {name}", description=STUDIES[name].title)
+    parser.add_argument("--seeds", type=int_from(2), default=3, metavar="N", help="seeds of each variant (default: 3)")
+    parser.add_argument(
+        "--processes", type=int_from(1), metavar="N", help="trials at a time, one thread each (default: one per core)"
+    )
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write every number to this file too")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="set in all variants")
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False, width=110)
+    carry_out(STUDIES[name], options.seeds, options.processes or os.cpu_count() or 1, options, console)
+    return 0
+
+
+def carry_out(study: Study, seeds: int, processes: int, options: Any, console: Console) -> None:
+    """Train and measure all trials, and show what was found; ``options`` has ``json`` and ``overrides``."""
+    overrides = options.overrides
+    for variant in study.variants:
+        check(load_recipe(study.recipe, [*study.overrides(variant, 0), *overrides]))
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mmada-study-") as scratch:
+        prepared = _prepare(study, overrides, Path(scratch))
+        results = _trials(study, seeds, processes, overrides, prepared, console)
+    minutes = (time.perf_counter() - started) / 60
+    console.print(results_table(study, results))
+    console.print(claims_table(study, results))
+    recipe = load_recipe(study.recipe, [*study.common, *overrides])
+    console.print(
+        f"recipe {study.recipe}, {recipe.train.steps} steps of {recipe.train.global_batch} rows of "
+        f"{recipe.train.sequence_length} tokens; seeds 0 to {seeds - 1}; mean ± half of the 95 % interval "
+        f"(Student's t); {minutes:.0f} min with {processes} processes"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _prepare(study: Study, overrides: list[str], scratch: Path) -> str | None:
+    """The text of the recipe on disk; None where the task makes its own rows."""
+    if not isinstance(study.task, TextTask):
+        return None
+    from jobs.prepared_data import text_source
+    from mmada.data import load_tokenizer, prepare
+
+    recipe = load_recipe(study.recipe, [*study.common, *overrides])
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    return str(prepare(text_source(recipe), tokenizer, scratch, held_out=recipe.data.held_out).folder)
+
+
+def _trials(
+    study: Study, seeds: int, processes: int, overrides: list[str], prepared: str | None, console: Console
+) -> Results:
+    from jobs.studies.trial import run_trial
+
+    wanted = [(variant, seed) for seed in range(seeds) for variant in study.variants]
+    results: Results = {variant: {} for variant in study.variants}
+    console.print(f"{study.title}: {len(wanted)} trials, {processes} at a time")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
+        running = {
+            pool.submit(run_trial, study, variant, seed, overrides, prepared): (variant, seed)
+            for variant, seed in wanted
+        }
+        try:
+            for done, future in enumerate(as_completed(running), start=1):
+                variant, seed = running[future]
+                results[variant][seed] = future.result()
+                shown = ", ".join(f"{name} {results[variant][seed][name]:.3f}" for name in study.task.measures())
+                console.print(f"  {done}/{len(wanted)}  {variant}, seed {seed}: {shown}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    return results
+
+
+def results_table(study: Study, results: Results) -> Table:
+    """A row for each variant, a column for each measure."""
+    table = Table(title=f"{study.title}: {study.task.unit}")
+    table.add_column("", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    for measure in study.task.measures():
+        table.add_column(measure, justify="right", no_wrap=True)
+    for variant, by_seed in results.items():
+        cells = [_shown(interval([found[measure] for found in by_seed.values()])) for measure in study.task.measures()]
+        parameters = next(iter(by_seed.values()))["parameters"]
+        table.add_row(variant, f"{parameters:,.0f}", *cells)
+    return table
+
+
+def claims_table(study: Study, results: Results) -> Table:
+    """What the sources say, and what was found."""
+    table = Table(title="What is claimed elsewhere, and what was found here")
+    table.add_column("claim", no_wrap=True)
+    table.add_column("gain", justify="right", no_wrap=True)
+    table.add_column("found")
+    for claim in study.claims:
+        gain = gain_of(study, claim, results)
+        table.add_row(claim.words(), _shown(gain), verdict(gain))
+    return table
+
+
+def gain_of(study: Study, claim: Claim, results: Results) -> Interval:
+    """How much better ``claim.better`` did than ``claim.worse``, seed by seed, the margin added."""
+    better, worse = results[claim.better], results[claim.worse]
+    sign = -1.0 if study.lower_is_better else 1.0
+    other: Any = claim.worse_measure or claim.measure
+    return interval([sign * (better[s][claim.measure] - worse[s][other]) + claim.margin for s in sorted(better)])
+
+
+def _shown(value: Interval) -> str:
+    return f"{value.mean:.3f} ± {value.half_width:.3f}"

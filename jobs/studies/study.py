@@ -1,0 +1,85 @@
+"""What a study is: a recipe, its variants, what is measured of them, and what their sources claim.
+
+A variant is a list of overrides in the recipe's own words; every variant is trained with every seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Training on the recipe's text; held-out bits per byte in rows of each of ``lengths`` tokens.
+
+    ``held_out_tokens``: held-out tokens that every length is measured on, the same ones.
+    """
+
+    lengths: tuple[int, ...]
+    held_out_tokens: int = 32768
+    unit: str = "held-out bits per byte"
+
+    def measures(self) -> list[str]:
+        return [f"at {length}" for length in self.lengths]
+
+
+@dataclass(frozen=True)
+class RecallTaskSetting:
+    """Training on associative recall; the share of right answers at each of ``lengths``.
+
+    ``num_pairs`` pairs are told and asked for; rows of training have ``train.sequence_length`` tokens, and the
+    longer a row, the further the questions lie from what answers them.
+    """
+
+    lengths: tuple[int, ...]
+    num_pairs: int = 8
+    num_symbols: int = 32
+    rows: int = 256
+    unit: str = "share of right answers"
+
+    def measures(self) -> list[str]:
+        return [f"at {length}" for length in self.lengths]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The sources say that ``better`` does better than ``worse`` in ``measure``.
+
+    ``worse_measure`` is what ``worse`` is measured by, where that is another. ``margin`` is how much worse ``better``
+    may do and still count as no worse, for claims that something stays as it is.
+    """
+
+    better: str
+    worse: str
+    measure: str
+    worse_measure: str | None = None
+    margin: float = 0.0
+
+    def words(self) -> str:
+        """The claim as a line of a table."""
+        other = f"{self.worse} ({self.worse_measure})" if self.worse_measure else self.worse
+        if self.margin:
+            return f"{self.better} ({self.measure}) within {self.margin:g} of {other}"
+        return f"{self.better} before {other}, {self.measure}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison.
+
+    ``recipe``: name of a shipped recipe. ``variants``: overrides by name. ``lower_is_better``: of its measures.
+    ``claims``: what is said elsewhere and checked here. ``same``: what all variants have in common, for the reader.
+    """
+
+    title: str
+    recipe: str
+    task: TextTask | RecallTaskSetting
+    variants: Mapping[str, Sequence[str]]
+    claims: Sequence[Claim]
+    lower_is_better: bool
+    common: Sequence[str] = field(default_factory=tuple)
+
+    def overrides(self, variant: str, seed: int) -> list[str]:
+        """Everything that is set after the recipe's name for one trial."""
+        return [*self.common, *self.variants[variant], f"run.seed={seed}"]
