@@ -28,7 +28,7 @@ class MMaDAConfig(PreTrainedConfig):
         ``"ssm,ssm,attention"`` repeats to the number of layers, ``"attention*4"`` counts.
     ``mlp_layer_types``: per layer ``"dense"`` or ``"moe"``, in the same forms; default all ``"moe"`` if
         ``num_experts`` else all dense.
-    ``hidden_act``: ``"silu"`` (SwiGLU) or ``"gelu_pytorch_tanh"`` (GeGLU), of every feed-forward but the experts.
+    ``hidden_act``: ``"silu"`` (SwiGLU) or ``"gelu_pytorch_tanh"`` (GeGLU), of every feed-forward but routed experts.
     ``position_embedding_type``: ``"rope"``, ``"alibi"``, ``"relative"`` (learned, T5 buckets) or ``"none"``.
     ``relative_attention_num_buckets``, ``relative_attention_max_distance``: as in T5.
     ``relative_bias_scaling``: ``"after"`` adds the learned bias to the scaled scores, ``"before"`` scales it with them.
@@ -41,9 +41,9 @@ class MMaDAConfig(PreTrainedConfig):
     ``ssm``, ``hybrid``, ``memory``, ``patches``: sections for these parts, see ``mmada.config_parts``.
     ``num_experts``, ``num_experts_per_tok``, ``moe_intermediate_size``: size of the mixture of experts.
     ``norm_topk_prob``: weights of the chosen experts are renormalised to sum to one.
-    ``num_shared_experts``: experts of the same size that every token goes through.
-    ``cross_expert_attention``, ``cross_expert_heads``: attention among a token's active experts.
-    ``router_normalizer``: ``"softmax"`` or ``"sparsemax"`` of the router's logits.
+    ``num_shared_experts``: experts of the same size that every token goes through, beside the routed ones.
+    ``cross_expert_attention``, ``cross_expert_heads``: attention among a token's active experts, before the blend.
+    ``router_normalizer``: ``"softmax"`` or ``"sparsemax"``: how logits become the weights of the chosen experts.
     ``embedding_dropout``, ``token_mask_probability``: noise on the input embeddings in training.
     ``router_noise``: learned noise on the router's logits in training (Shazeer 2017), times ``router_noise_scale``.
     ``router_aux_loss_coef``: weight of the Switch balance loss; ``router_z_loss_coef``: of the router z-loss.
@@ -140,7 +140,7 @@ class MMaDAConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, and rotary positions turn pairs; use an even one")
-        types = self.mlp_layer_types
+        allowed: tuple[str, ...]
         for name, allowed in (("mixer_types", MIXER_TYPES), ("mlp_layer_types", ("dense", "moe"))):
             for kind in getattr(self, name):
                 if kind not in allowed:
@@ -159,22 +159,7 @@ class MMaDAConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1); use 0 for none")
         for name in self.sections_in_use:
             getattr(self, name).check(self)
-        if self.num_experts < 0:
-            raise ValueError(f"num_experts={self.num_experts} is negative; use 0 for a dense model")
-        if "moe" in types and self.num_experts == 0:
-            raise ValueError("mlp_layer_types has 'moe' layers but num_experts=0; set num_experts or make them 'dense'")
-        if "moe" in types and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and num_experts={self.num_experts}; "
-                f"use at most {self.num_experts}"
-            )
-        if self.router_balance_scope not in ("batch", "sequence"):
-            raise ValueError(
-                f"router_balance_scope={self.router_balance_scope!r} is unknown; use 'batch' or 'sequence'"
-            )
-        for name in ("router_noise_scale", "router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative; use 0 to turn it off")
+        self._check_experts()
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters.rope_type={rope_type} is unknown; use one of {', '.join(ROPE_TYPES)}")
@@ -188,6 +173,32 @@ class MMaDAConfig(PreTrainedConfig):
             raise ValueError(f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}; use 0, say")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} is not in [0, 1); use 0 for none")
+
+    def _check_experts(self) -> None:
+        types, heads = self.mlp_layer_types, self.cross_expert_heads
+        if self.num_experts < 0:
+            raise ValueError(f"num_experts={self.num_experts} is negative; use 0 for a dense model")
+        if "moe" in types and self.num_experts == 0:
+            raise ValueError("mlp_layer_types has 'moe' layers but num_experts=0; set num_experts or make them 'dense'")
+        if "moe" in types and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and num_experts={self.num_experts}; "
+                f"use at most {self.num_experts}"
+            )
+        if self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts={self.num_shared_experts} is negative; use 0 for none")
+        if "moe" in types and self.cross_expert_attention and (heads < 1 or self.hidden_size % heads):
+            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            raise ValueError(
+                f"cross_expert_heads={heads} does not divide hidden_size={self.hidden_size}; use one of {divisors}"
+            )
+        if self.router_balance_scope not in ("batch", "sequence"):
+            raise ValueError(
+                f"router_balance_scope={self.router_balance_scope!r} is unknown; use 'batch' or 'sequence'"
+            )
+        for name in ("router_noise_scale", "router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; use 0 to turn it off")
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers' own, the sections as plain dictionaries."""

@@ -15,15 +15,31 @@ from mmada.config import MMaDAConfig
 
 
 def choose_experts(
-    logits_TE: Tensor, top_k: int, *, normalise: bool = True, selection_bias: Tensor | None = None
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    normalise: bool = True,
+    selection_bias: Tensor | None = None,
+    normalizer: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
     """Weights (T, K) and indices (T, K) of the chosen experts; softmax in float32 at least.
 
     ``selection_bias`` (E,) shifts the choice and not the weights (loss-free balancing, arXiv:2408.15664).
+    ``normalizer="sparsemax"`` (arXiv:1602.02068) leaves the choice as it is and takes the sparsemax of the chosen
+    logits for the weights, as softmax renormalised over the chosen is the softmax of their logits. Where at most K
+    experts have a share in the sparsemax over all, these are their shares (without a selection bias, which may
+    choose others); a chosen expert may weigh exactly 0. Without ``normalise``: the shares in the sparsemax over all.
     """
-    scores_TE = logits_TE.softmax(dim=-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    scores_TE = logits_TE.softmax(dim=-1)
     choice_TE = scores_TE if selection_bias is None else scores_TE + selection_bias
     index_TK = choice_TE.topk(top_k, dim=-1).indices
+    if normalizer == "sparsemax":
+        from mmada.nn.sparsemax import sparsemax
+
+        if normalise:
+            return sparsemax(logits_TE.gather(-1, index_TK), dim=-1), index_TK
+        return sparsemax(logits_TE, dim=-1).gather(-1, index_TK), index_TK
     weights_TK = scores_TE.gather(-1, index_TK)
     if normalise:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
@@ -80,15 +96,11 @@ class RouterTap(nn.Module):
 
     def run(self, mlp: nn.Module, hidden_states: Tensor, noise_keys_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the expert block with the tap open: its output (B, T, D) and the router's logits (T, E), float32."""
-        self._watch(gate_of(mlp))
-        self._noise_keys_T = noise_keys_T
-        try:
-            output = mlp(hidden_states)
-            logits_TE = self._logits_TE
-        finally:
-            self._noise_keys_T = self._logits_TE = None
-        assert logits_TE is not None, "the expert block did not call its gate"
-        return output, logits_TE
+        return self._listen(mlp, mlp, hidden_states, noise_keys_T)
+
+    def run_gate(self, mlp: nn.Module, flat_TD: Tensor, noise_keys_T: Tensor | None) -> Tensor:
+        """Run only the gate of the expert block with the tap open: the router's logits (T, E), float32."""
+        return self._listen(mlp, gate_of(mlp), flat_TD, noise_keys_T)[1]
 
     def forward(self, flat_TD: Tensor, logits_TE: Tensor) -> Tensor:
         """Logits with this step's noise, in training; as they are otherwise. Called by the hook on the gate."""
@@ -97,6 +109,20 @@ class RouterTap(nn.Module):
         spread_TE = F.softplus(F.linear(flat_TD.to(logits_TE.dtype), self.noise_weight.to(logits_TE.dtype)))
         noise_TE = counter_normal(self._noise_keys_T, logits_TE.shape[-1], self.layer_idx)
         return logits_TE + self.noise_scale * noise_TE.to(logits_TE.dtype) * spread_TE
+
+    def _listen(
+        self, mlp: nn.Module, called: nn.Module, hidden_states: Tensor, noise_keys_T: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Output of the called module, and the logits that the block's gate gave meanwhile."""
+        self._watch(gate_of(mlp))
+        self._noise_keys_T = noise_keys_T
+        try:
+            output = called(hidden_states)
+            logits_TE = self._logits_TE
+        finally:
+            self._noise_keys_T = self._logits_TE = None
+        assert logits_TE is not None, "the expert block did not call its gate"
+        return output, logits_TE
 
     def _watch(self, gate: nn.Module) -> None:
         if self.__dict__["_watched"] is not gate:
