@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmada.config import MMaDAConfig
+from mmada.nn.attention.persistent import PersistentKeyValues
 from mmada.nn.cache import MMaDACache
 from mmada.nn.context import Context
 from mmada.nn.masks import causal_mask
@@ -49,9 +50,18 @@ def eager_attention(
 class Attention(nn.Module):
     """Query head i reads key/value head i // (H / G) (grouped-query attention, arXiv:2305.13245)."""
 
-    def __init__(self, config: MMaDAConfig, layer_idx: int, kind: str = "attention") -> None:
+    def __init__(
+        self,
+        config: MMaDAConfig,
+        layer_idx: int,
+        kind: str = "attention",
+        num_persistent: int = 0,
+        state_name: str = "key_values",
+    ) -> None:
+        """``num_persistent`` learned keys and values in front; ``state_name``: of the part in the layer's cache."""
         super().__init__()
         self.config, self.layer_idx, self.kind = config, layer_idx, kind
+        self.num_persistent, self.state_name = num_persistent, state_name
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
@@ -61,6 +71,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+        self.persistent = PersistentKeyValues(config, num_persistent) if num_persistent else None
 
     def forward(
         self, hidden_states: Tensor, context: Context, past_key_values: MMaDACache | None = None
@@ -77,10 +88,18 @@ class Attention(nn.Module):
             query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
         offset = 0
         if past_key_values is not None:
-            key, value, offset = past_key_values.layers[self.layer_idx].key_values().append(key, value, context)
+            key, value, offset = (
+                past_key_values.layers[self.layer_idx].key_values(self.state_name).append(key, value, context)
+            )
+        num_keys = key.shape[2]
         mask = context.once(
-            ("causal", key.shape[2], offset), lambda: causal_mask(context, num_keys=key.shape[2], offset=offset)
+            ("causal", num_keys, offset), lambda: causal_mask(context, num_keys=num_keys, offset=offset)
         )
+        if self.persistent is not None:
+            key, value = self.persistent(key, value)
+            if mask is None:
+                mask = context.index_BT()[:, None, :, None] >= torch.arange(num_keys, device=context.device)
+            mask = nn.functional.pad(mask, (self.num_persistent, 0), value=True)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed_BTHK, weights = attend(
             self,
