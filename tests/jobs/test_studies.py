@@ -1,0 +1,83 @@
+"""Studies: the statistics, the catalogue, and one tiny study from the command line to its tables."""
+
+import json
+import math
+
+import pytest
+from scipy import stats
+
+from jobs import cli
+from jobs.recipe import load_recipe
+from jobs.recipe_checks import check
+from jobs.studies.catalogue import STUDIES
+from jobs.studies.intervals import Interval, interval, verdict
+from jobs.studies.run import gain_of
+
+
+def test_the_interval_is_students():
+    values = [1.0, 2.0, 4.0, 4.5]
+    low, high = stats.t.interval(0.95, 3, loc=2.875, scale=stats.sem(values))
+    found = interval(values)
+    assert (found.mean, found.low, found.high) == pytest.approx((2.875, low, high))
+    assert math.isinf(interval([1.0]).half_width)
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [(Interval(2, 1), "holds"), (Interval(-2, 1), "goes against it"), (Interval(0.5, 1), "not told apart")],
+)
+def test_a_verdict_says_what_the_interval_allows(gain, said):
+    assert verdict(gain) == said
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_every_study_can_be_run(name):
+    study = STUDIES[name]
+    for variant in study.variants:
+        check(load_recipe(study.recipe, study.overrides(variant, 0)))
+    for claim in study.claims:
+        assert {claim.better, claim.worse} <= study.variants.keys()
+        assert {claim.measure, claim.worse_measure or claim.measure} <= set(study.task.measures())
+
+
+def test_a_gain_is_taken_seed_by_seed():
+    study = STUDIES["positions"]
+    results = {
+        "alibi": {0: {"at 2048": 2.0, "at 128": 1.9}, 1: {"at 2048": 2.5, "at 128": 2.5}},
+        "rope": {0: {"at 2048": 2.5}, 1: {"at 2048": 3.0}},
+    }
+    keeps, before_rope = study.claims[:2]
+    assert gain_of(study, before_rope, results) == Interval(0.5, 0.0)
+    assert gain_of(study, keeps, results).mean == pytest.approx(keeps.margin - 0.05)
+
+
+def test_a_study_from_the_command_line(tmp_path, capfd):
+    small = ["train.steps=2", "train.warmup_steps=1", "train.global_batch=2", "data.limit_documents=60"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["study", "experts", "--seeds", "2", "--processes", "2", "--json", str(tmp_path / "all.json"), *small])
+    assert ended.value.code == 0
+    shown = capfd.readouterr()
+    assert shown.err == ""
+    for variant in STUDIES["experts"].variants:
+        assert f"{variant}, seed 1:" in shown.out
+    results = json.loads((tmp_path / "all.json").read_text())
+    assert results.keys() == STUDIES["experts"].variants.keys()
+    bits = results["dense"]["1"]["at 128"]
+    assert 6 < bits < 9  # an untrained model of bytes needs about eight
+    assert results["dense"]["0"]["at 128"] != bits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["recal"], "name=recal is no study; did you mean recall?"),
+        (["recall", "--seeds", "1"], "argument --seeds: 1 is not a whole number from 2 on"),
+        (["recall", "train.stepz=1"], "train.stepz=1 is not a key of a recipe"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_line(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["study", *arguments])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
