@@ -25,6 +25,7 @@ from mmada.nn.cache import MMaDACache
 from mmada.nn.context import Context, front_order, take_columns
 from mmada.nn.experts import Experts
 from mmada.nn.mixers.attention import Attention
+from mmada.nn.padding import packed_documents, restore_columns, spread_keys, valid_columns
 from mmada.nn.positions import rotary_cos_sin
 from mmada.nn.router import RouterTap, mix64, selection_bias_of
 from mmada.tokenizer import register_tokenizer
@@ -62,8 +63,8 @@ class MMaDAPreTrainedModel(PreTrainedModel):
             init.zeros_(module.noise_weight)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif hasattr(module, "init_own_weights"):
-            module.init_own_weights(self.config)
+        elif (init_own_weights := getattr(module, "init_own_weights", None)) is not None:
+            init_own_weights(self.config)
         bias = getattr(module, "e_score_correction_bias", None)
         if bias is not None:
             init.zeros_(bias)
@@ -80,6 +81,7 @@ class MMaDAModel(MMaDAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     @merge_with_config_defaults
     def forward(
         self,
@@ -104,29 +106,29 @@ class MMaDAModel(MMaDAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if 0 in hidden.shape[:2]:
+            raise ValueError(f"the input has the shape {tuple(hidden.shape[:2])}; give at least one row and one token")
         cache = self._cache(past_key_values, use_cache)
         valid_BT = valid_columns(attention_mask, hidden.shape[1])
         order_BT = None if valid_BT is None else front_order(valid_BT)
         context = self._context(hidden, position_ids, valid_BT, order_BT, cache)
         if order_BT is not None:
             hidden = take_columns(hidden, order_BT)
-        outputs = self._blocks(hidden, context, self._noise_keys(hidden, sample_ids), cache, **kwargs)
+        outputs = self._blocks(hidden, context, self._noise_keys(hidden, sample_ids), cache, return_dict=True, **kwargs)
         if cache is not None:
             cache.advance(hidden.shape[1], valid_BT)
         if order_BT is not None:
             restore_columns(outputs, order_BT.argsort(dim=1))
+        valid_BS = valid_BT if cache is None else cache.valid_BS
+        if outputs.attentions is not None and valid_BS is not None:
+            outputs.attentions = tuple(spread_keys(weights, valid_BS) for weights in outputs.attentions)
         outputs.past_key_values = cache
         return outputs
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> MMaDACache | None:
-        if past_key_values is None:
-            return MMaDACache(self.config.num_hidden_layers) if use_cache else None
-        if not isinstance(past_key_values, MMaDACache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, which cannot hold every kind of layer; "
-                "leave it out, or give an MMaDACache(config.num_hidden_layers)"
-            )
-        return past_key_values
+        if past_key_values is not None:
+            return checked_cache(past_key_values)
+        return MMaDACache(self.config.num_hidden_layers) if use_cache else None
 
     def _context(
         self,
@@ -140,28 +142,27 @@ class MMaDAModel(MMaDAPreTrainedModel):
         (batch, length), device = hidden_BTD.shape[:2], hidden_BTD.device
         past_B = None if cache is None else cache.lengths_B
         past = 0 if cache is None else cache.columns if past_B is None else int(past_B.max())
-        documents_BT = None
+        are_given = position_ids is not None
         if position_ids is None:
             start = past if past_B is None else past_B[:, None]
             position_ids = (start + torch.arange(length, device=device)[None]).expand(batch, length)
         else:
             position_ids = position_ids.expand(batch, length)
-            if past == 0 and valid_BT is None:
-                documents_BT = packed_documents(position_ids)
             if order_BT is not None:
                 position_ids = take_columns(position_ids, order_BT)
-        return Context(
+        context = Context(
             shape=(batch, length),
             device=device,
             position_ids_BT=position_ids,
             lengths_B=None if valid_BT is None else valid_BT.sum(dim=1),
             past=past,
             past_B=past_B,
-            documents_BT=documents_BT,
-            rotary=rotary_cos_sin(self.config, position_ids, hidden_BTD.dtype)
-            if self.config.position_embedding_type == "rope"
-            else None,
         )
+        if are_given and past == 0:
+            context.documents_BT = packed_documents(position_ids, context.valid_BT())
+        if self.config.position_embedding_type == "rope":
+            context.rotary = rotary_cos_sin(self.config, position_ids, hidden_BTD.dtype)
+        return context
 
     @capture_outputs
     def _blocks(
@@ -193,43 +194,14 @@ class MMaDAModel(MMaDAPreTrainedModel):
         return (mix64(sample_ids_B)[:, None] + column_T).flatten()
 
 
-def valid_columns(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """Which of the last ``length`` columns are real tokens, (B, T); None where all are. Raises ValueError."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+def checked_cache(past_key_values: Any) -> MMaDACache:
+    """The cache as it is. Raises ValueError for one of another kind."""
+    if not isinstance(past_key_values, MMaDACache):
         raise ValueError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)}; give (batch, tokens), 1 for tokens and 0 "
-            "for padding"
+            f"past_key_values is a {type(past_key_values).__name__}, which cannot hold every kind of layer; "
+            "leave it out, or give an MMaDACache(config.num_hidden_layers)"
         )
-    valid_BT = attention_mask[:, -length:].bool()
-    return None if bool(valid_BT.all()) else valid_BT
-
-
-def packed_documents(position_ids_BT: Tensor) -> Tensor | None:
-    """Number of each token's document where positions start again inside a row, (B, T); None where none do."""
-    starts_BT = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
-    if not bool(starts_BT.any()):
-        return None
-    return torch.nn.functional.pad(starts_BT.cumsum(dim=1), (1, 0))
-
-
-def restore_columns(outputs: MoeModelOutputWithPast, order_BT: Tensor) -> None:
-    """Put the columns of everything in ``outputs`` back where the caller had them."""
-    batch, length = order_BT.shape
-    outputs.last_hidden_state = take_columns(outputs.last_hidden_state, order_BT)
-    if outputs.router_logits is not None:
-        outputs.router_logits = tuple(
-            take_columns(z.view(batch, length, -1), order_BT).flatten(0, 1) for z in outputs.router_logits
-        )
-    if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(take_columns(states, order_BT) for states in outputs.hidden_states)
-    if outputs.attentions is not None:
-        rows = (take_columns(weights, order_BT, dim=2) for weights in outputs.attentions)
-        # Columns of a filled cache are numbered without padding.
-        outputs.attentions = tuple(
-            take_columns(weights, order_BT, dim=3) if weights.shape[3] == length else weights for weights in rows
-        )
+    return past_key_values
 
 
 class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
@@ -273,6 +245,7 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -302,19 +275,18 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """Give ``generate`` a cache that holds any mixture of layers."""
-        if generation_config.cache_implementation is not None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation} cannot hold every kind of layer; "
                 "leave it out"
             )
-        if generation_config.use_cache is False:
-            return
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MMaDACache(self.config.num_hidden_layers)
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            checked_cache(given)._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            cache = model_kwargs["past_key_values"] = MMaDACache(self.config.num_hidden_layers)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
-        else:
-            model_kwargs["past_key_values"]._is_user_defined = True
+                cache.activate_past_recording()
 
     def _add_router_losses(self, result: MMaDAOutput, num_sequences: int) -> None:
         blocks = [self.model.layers[index] for index in self.config.moe_layers]

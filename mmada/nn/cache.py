@@ -10,6 +10,7 @@ is carried from token to token (convolution inputs, state spaces, memories) the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ from mmada.nn.context import Context, front_order, take_columns
 
 State = dict[str, Tensor]
 Scan = Callable[[Tensor, State | None, Context], tuple[Tensor, State]]
+
+
+def _range(count_B: Tensor) -> tuple[int, int]:
+    """The smallest and the largest, in one wait for the device."""
+    smallest, largest = torch.stack(count_B.aminmax()).tolist()
+    return smallest, largest
 
 
 class KeyValues:
@@ -41,15 +48,14 @@ class KeyValues:
         offset = self.offset
         self.keys, self.values = keys, values
         if not self.recording:
-            self._trim(context.totals_B() if context.is_ragged else context.past + context.shape[1])
+            self._trim(context.total_range()[0])
         return keys, values, offset
 
     def _joined(self, old: Tensor | None, new: Tensor, context: Context) -> Tensor:
         if not context.is_ragged:
             return new if old is None else torch.cat([old, new], dim=2)
-        batch, length = context.shape
-        column_BT = context.index_BT().expand(batch, length) - self.offset
-        width = int(context.totals_B().max()) - self.offset
+        column_BT = context.index_BT().expand(context.shape) - self.offset
+        width = context.total_range()[1] - self.offset
         valid_BT = context.valid_BT()
         if valid_BT is not None:
             column_BT = torch.where(valid_BT, column_BT, width)  # padding goes to a column that is cut off
@@ -59,30 +65,29 @@ class KeyValues:
         index = column_BT[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
         return kept.scatter(2, index, new)[:, :, :width]
 
-    def _trim(self, totals: Tensor | int) -> None:
-        """Forget what no later token can see; ``totals``: real tokens of the rows."""
+    def _trim(self, shortest: int) -> None:
+        """Forget what no later token can see, when the shortest row has that many tokens."""
         if self.window is None or self.keys is None:
             return
-        shortest = totals if isinstance(totals, int) else int(totals.min())
         surplus = shortest - self.offset - self.window
         if surplus > 0:
             self.offset += surplus
+            # Cloned, so that what is cut off does not live on behind a view of the rest.
             self.keys, self.values = self.keys[:, :, surplus:].clone(), self.values[:, :, surplus:].clone()
 
     def crop(self, totals: Tensor | int, removed: Tensor | int) -> None:
         """Take the last ``removed`` tokens of each row back, so that ``totals`` are left."""
         if self.keys is None:
             return
-        left = totals if isinstance(totals, int) else int(totals.max())
-        shortest = totals if isinstance(totals, int) else int(totals.min())
-        most_removed = removed if isinstance(removed, int) else int(removed.max())
-        if most_removed and self.offset > 0 and shortest - self.window < self.offset and not self.recording:
+        shortest, longest = (totals, totals) if isinstance(totals, int) else _range(totals)
+        most_removed = removed if isinstance(removed, int) else _range(removed)[1]
+        if most_removed and self.window is not None and shortest - self.window < self.offset and self.offset > 0:
             raise ValueError(
                 f"crop({-most_removed}) reaches behind a window of {self.window} that has moved on; call "
                 "activate_past_recording() on the cache before the tokens that may be taken back"
             )
-        self.keys, self.values = (kept[:, :, : left - self.offset] for kept in (self.keys, self.values))
-        self._trim(totals)
+        self.keys, self.values = (kept[:, :, : longest - self.offset] for kept in (self.keys, self.values))
+        self._trim(shortest)
 
     def tensors(self) -> list[Tensor]:
         return [] if self.keys is None else [self.keys, self.values]
@@ -96,110 +101,137 @@ class KeyValues:
         self.offset = 0
 
 
+@dataclass
+class _Span:
+    """Tokens that can be taken back: the state before them, a scan's inputs (B, T, D), which are real (B, T)."""
+
+    before: State | None
+    hidden_BTD: Tensor
+    valid_BT: Tensor
+
+
 class Recurrent:
     """Tensors (B, ...) that a recurrence carries on, by name.
 
-    While recording it also keeps the inputs since the last ``crop``, so that tokens can be taken back: the state
-    from before them is put back and what remains of them is run again at the next call.
+    While recording it also keeps the inputs since the last ``crop``, in spans, so that tokens can be taken back: the
+    state from before the first span that lost one is put back, and what remains is run again at the next call.
     """
+
+    span_size = 16  # of short calls: so many tokens share a kept state, and are run again to save keeping more
 
     def __init__(self) -> None:
         self.state: State | None = None
         self.recording = False
-        self._base: State | None = None
-        self._pending: list[tuple[Tensor, Tensor]] = []  # inputs (B, T, D) and which of them are real (B, T)
-        self._replay: tuple[Tensor, Tensor] | None = None  # inputs (B, T, D) and their lengths (B,)
+        self._spans: list[_Span] = []
+        self._is_behind = False  # the state is from before the one span in the list
 
     def run(self, scan: Scan, hidden_BTD: Tensor, context: Context) -> Tensor:
         """``scan(hidden_BTD, state, context) -> (output, new state)`` from the kept state on; keeps the new one.
 
-        The scan may read ``lengths_B`` and ``past`` of its context. Returns the output.
+        The scan may read ``shape``, ``device``, ``lengths_B`` and ``past`` of its context, and leaves the tensors of
+        the state that it is given as they are. Returns the output.
         """
-        state = self._caught_up(scan, context)
-        output, self.state = scan(hidden_BTD, state, context)
+        if self._is_behind:
+            self._catch_up(scan, context)
+        before = self.state
+        output, self.state = scan(hidden_BTD, before, context)
         if self.recording:
-            if not self._pending:
-                self._base = state
-            valid_BT = context.valid_BT()
-            if valid_BT is None:
-                valid_BT = torch.ones(context.shape, dtype=torch.bool, device=context.device)
-            self._pending.append((hidden_BTD, valid_BT))
+            self._record(before, hidden_BTD, context.valid_BT())
         return output
 
-    def _caught_up(self, scan: Scan, context: Context) -> State | None:
-        if self._replay is None:
-            return self.state
-        hidden_BTD, lengths_B = self._replay
-        self._replay = None
+    def _record(self, before: State | None, hidden_BTD: Tensor, valid_BT: Tensor | None) -> None:
+        if valid_BT is None:
+            valid_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.bool, device=hidden_BTD.device)
+        if self._spans and self._spans[-1].valid_BT.shape[1] + valid_BT.shape[1] <= self.span_size:
+            last = self._spans.pop()
+            before = last.before
+            hidden_BTD = torch.cat([last.hidden_BTD, hidden_BTD], dim=1)
+            valid_BT = torch.cat([last.valid_BT, valid_BT], dim=1)
+        self._spans.append(_Span(before, hidden_BTD, valid_BT))
+
+    def _catch_up(self, scan: Scan, context: Context) -> None:
+        """Run what ``crop`` left over."""
+        (span,) = self._spans
+        lengths_B = span.valid_BT.sum(dim=1)
         past_B = torch.full_like(lengths_B, context.past) if context.past_B is None else context.past_B
         past_B = past_B - lengths_B
         again = Context(
-            shape=hidden_BTD.shape[:2],
-            device=context.device,
-            position_ids_BT=past_B[:, None] + torch.arange(hidden_BTD.shape[1], device=context.device),
+            shape=(span.hidden_BTD.shape[0], span.hidden_BTD.shape[1]),
+            device=span.hidden_BTD.device,
+            position_ids_BT=past_B[:, None] + torch.arange(span.hidden_BTD.shape[1], device=past_B.device),
             lengths_B=lengths_B,
-            past=int(past_B.max()),
+            past=_range(past_B)[1],
             past_B=past_B,
         )
-        return scan(hidden_BTD, self.state, again)[1]
+        self.state = scan(span.hidden_BTD, span.before, again)[1]
+        self._spans, self._is_behind = [], False
 
     def crop(self, totals: Tensor | int, removed: Tensor | int) -> None:
         """Take the last ``removed`` real tokens of each row back."""
-        if self.state is None:
-            return
-        most_removed = removed if isinstance(removed, int) else int(removed.max())
+        most_removed = removed if isinstance(removed, int) else _range(removed)[1]
         if most_removed == 0:
-            self._pending, self._base = [], None
+            self._spans = self._spans if self._is_behind else []
             return
-        if not self._pending:
+        if self.state is None and not self._spans:
+            return  # nothing was fed
+        spans = self._spans
+        if spans:
+            recorded_B = torch.cat([span.valid_BT for span in spans], dim=1).sum(dim=1)
+            lengths_B = recorded_B - torch.as_tensor(removed, device=recorded_B.device)
+        if not spans or _range(lengths_B)[0] < 0:
             raise ValueError(
                 f"crop({-most_removed}) takes back tokens that a recurrent layer has not recorded; call "
                 "activate_past_recording() on the cache before the tokens that may be taken back"
             )
-        hidden_BTD = torch.cat([hidden for hidden, _ in self._pending], dim=1)
-        valid_BT = torch.cat([valid for _, valid in self._pending], dim=1)
-        order_BT = front_order(valid_BT)
+        while bool((spans[0].valid_BT.sum(dim=1) <= lengths_B).all()):  # whole in every row: the state after it stands
+            lengths_B = lengths_B - spans[0].valid_BT.sum(dim=1)
+            spans = spans[1:]
+        hidden_BTD = torch.cat([span.hidden_BTD for span in spans], dim=1)
+        order_BT = front_order(torch.cat([span.valid_BT for span in spans], dim=1))
         if order_BT is not None:
             hidden_BTD = take_columns(hidden_BTD, order_BT)
-        lengths_B = valid_BT.sum(dim=1) - removed
-        if int(lengths_B.min()) < 0:
-            raise ValueError(f"crop({-most_removed}) takes back more tokens than were recorded since the last crop")
-        longest = int(lengths_B.max())
-        self.state = self._base
-        self._replay = (hidden_BTD[:, :longest], lengths_B) if longest else None
-        self._pending, self._base = [], None
+        longest = _range(lengths_B)[1]
+        valid_BT = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
+        self.state, self._is_behind = spans[0].before, longest > 0
+        self._spans = [_Span(self.state, hidden_BTD[:, :longest].clone(), valid_BT)] if longest else []
+
+    def _states(self) -> dict[int, State]:
+        """Every state that is kept, once: a span's is often that of its neighbour."""
+        states = [self.state, *(span.before for span in self._spans)]
+        return {id(state): state for state in states if state is not None}
 
     def tensors(self) -> list[Tensor]:
-        kept = [*(self.state or {}).values(), *(self._base or {}).values()]
-        kept += [tensor for pair in self._pending for tensor in pair]
-        return kept + list(self._replay or ())
+        kept = [tensor for state in self._states().values() for tensor in state.values()]
+        return kept + [tensor for span in self._spans for tensor in (span.hidden_BTD, span.valid_BT)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        def changed(state: State | None) -> State | None:
-            return None if state is None else {name: change(tensor) for name, tensor in state.items()}
-
-        self.state, self._base = changed(self.state), changed(self._base)
-        self._pending = [(change(hidden), change(valid)) for hidden, valid in self._pending]
-        self._replay = self._replay and (change(self._replay[0]), change(self._replay[1]))
+        changed = {
+            key: {name: change(tensor) for name, tensor in state.items()} for key, state in self._states().items()
+        }
+        self.state = changed.get(id(self.state))
+        self._spans = [
+            _Span(changed.get(id(span.before)), change(span.hidden_BTD), change(span.valid_BT)) for span in self._spans
+        ]
 
     def reset(self) -> None:
-        self.state = self._base = self._replay = None
-        self._pending = []
+        self.state, self._spans, self._is_behind = None, [], False
 
 
 class LayerState(CacheLayerMixin):
     """The parts of one layer's state, made when they are first asked for."""
 
+    supports_early_init = False  # only a mixer knows its parts
+
     def __init__(self) -> None:
         super().__init__()
         self.parts: dict[str, Any] = {}
-        self.recording = False
+        self.record_past = False
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
         """The part of that name; ``make()`` the first time."""
         if name not in self.parts:
             self.parts[name] = make()
-            self.parts[name].recording = self.recording
+            self.parts[name].recording = self.record_past
         return self.parts[name]
 
     def key_values(self, name: str = "key_values", window: int | None = None) -> KeyValues:
@@ -210,10 +242,15 @@ class LayerState(CacheLayerMixin):
         """The recurrent state under ``name``."""
         return self.part(name, Recurrent)
 
-    def record(self, on: bool) -> None:
-        self.recording = on
+    def activate_past_recording(self) -> None:
+        """From now on keep what ``crop`` needs to take tokens back, until the next ``crop``."""
+        self.record_past = True
         for part in self.parts.values():
-            part.recording = on
+            part.recording = True
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.record_past
 
     def tensors(self) -> list[Tensor]:
         return [tensor for part in self.parts.values() for tensor in part.tensors()]
@@ -247,26 +284,26 @@ class MMaDACache(Cache):
     """The state of all layers, and how many tokens it is of.
 
     ``columns`` counts what was fed, padding included; rows that had padding differ in the real tokens they hold.
+    ``valid_BS`` says which columns were real, None where all were.
     """
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[LayerState() for _ in range(num_layers)])
-        self._valid_BS: Tensor | None = None  # which columns were real; None: all
+        self.valid_BS: Tensor | None = None
         self.columns = 0
-        self.recording = False
 
     @property
     def lengths_B(self) -> Tensor | None:
         """Real tokens per row, or None where all columns are real."""
-        return None if self._valid_BS is None else self._valid_BS.sum(dim=1)
+        return None if self.valid_BS is None else self.valid_BS.sum(dim=1)
 
     def advance(self, columns: int, valid_BT: Tensor | None) -> None:
         """Count ``columns`` new ones, after all layers have taken them; ``valid_BT`` None means all are real."""
-        if self._valid_BS is None and valid_BT is not None:
-            self._valid_BS = valid_BT.new_ones(valid_BT.shape[0], self.columns)
-        if self._valid_BS is not None:
-            new = self._valid_BS.new_ones(self._valid_BS.shape[0], columns) if valid_BT is None else valid_BT
-            self._valid_BS = torch.cat([self._valid_BS, new], dim=1)
+        if self.valid_BS is None and valid_BT is not None:
+            self.valid_BS = valid_BT.new_ones(valid_BT.shape[0], self.columns)
+        if self.valid_BS is not None:
+            new = self.valid_BS.new_ones(self.valid_BS.shape[0], columns) if valid_BT is None else valid_BT
+            self.valid_BS = torch.cat([self.valid_BS, new], dim=1)
         self.columns += columns
 
     def num_bytes(self) -> int:
@@ -280,16 +317,10 @@ class MMaDACache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.columns + query_length, 0
 
-    def activate_past_recording(self) -> None:
-        """From now on keep what ``crop`` needs to take tokens back, until the next ``crop``."""
-        self.recording = True
-        for layer in self.layers:
-            layer.record(True)
-
     @property
-    def is_croppable(self) -> bool:
-        """Whether ``crop`` can take back any token from now on: once past recording is on."""
-        return self.recording
+    def is_initialized(self) -> bool:
+        """Whether anything was fed."""
+        return self.columns > 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last columns back, as many as the negative number says; 0 only forgets what was recorded.
@@ -303,10 +334,10 @@ class MMaDACache(Cache):
         self.columns += tokens_to_remove
         removed: Tensor | int = -tokens_to_remove
         totals: Tensor | int = self.columns
-        if self._valid_BS is not None:
-            removed = self._valid_BS[:, self.columns :].sum(dim=1)
-            self._valid_BS = self._valid_BS[:, : self.columns]
-            totals = self._valid_BS.sum(dim=1)
+        if self.valid_BS is not None:
+            removed = self.valid_BS[:, self.columns :].sum(dim=1)
+            self.valid_BS = self.valid_BS[:, : self.columns]
+            totals = self.valid_BS.sum(dim=1)
         for layer in self.layers:
             for part in layer.parts.values():
                 part.crop(totals, removed)
@@ -314,8 +345,8 @@ class MMaDACache(Cache):
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
             layer.map(change)
-        if self._valid_BS is not None:
-            self._valid_BS = change(self._valid_BS)
+        if self.valid_BS is not None:
+            self.valid_BS = change(self.valid_BS)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
@@ -327,13 +358,13 @@ class MMaDACache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named by ``indices`` (numbers or a mask)."""
-        self._map(lambda tensor: tensor[indices])
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
 
     def reset(self) -> None:
         """Forget everything."""
         for layer in self.layers:
             layer.reset()
-        self._valid_BS, self.columns = None, 0
+        self.valid_BS, self.columns = None, 0
 
     @property
     def batch_size(self) -> int:

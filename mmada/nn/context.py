@@ -10,7 +10,7 @@ column t of a row is the row's token number ``past + t``, and it must only leave
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,20 @@ class Context:
             self._made[key] = make()
         return self._made[key]
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Context:
+        """The same on another device. Hooks that lay the blocks out over several call it (``device_map``)."""
+        device = torch.device(device)
+        return self if device == self.device else self.once(("to", device), lambda: self._moved(device, non_blocking))
+
+    def _moved(self, device: torch.device, non_blocking: bool) -> Context:
+        def moved(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(moved(each) for each in value)
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        values = {each.name: moved(getattr(self, each.name)) for each in fields(self)}
+        return replace(self, **{**values, "device": device, "_made": {}})
+
     def index_BT(self) -> Tensor:
         """Number of every token in its row, counted from the row's first; (B, T), or (1, T) where all rows agree."""
         column = torch.arange(self.shape[1], device=self.device)[None]
@@ -68,6 +82,13 @@ class Context:
         past = torch.full((batch,), self.past, device=self.device) if self.past_B is None else self.past_B
         return past + (length if self.lengths_B is None else self.lengths_B)
 
+    def total_range(self) -> tuple[int, int]:
+        """The smallest and the largest of ``totals_B``."""
+        if not self.is_ragged:
+            return (self.past + self.shape[1],) * 2
+        # On an accelerator reading a number waits for the device: once per pass, not once per layer.
+        return self.once("total_range", lambda: tuple(torch.stack(self.totals_B().aminmax()).tolist()))
+
 
 def front_order(valid_BT: Tensor) -> Tensor | None:
     """The columns of each row with the real tokens first, (B, T); None where they are first already."""
@@ -81,4 +102,4 @@ def take_columns(states: Tensor, order_BT: Tensor, dim: int = 1) -> Tensor:
     index = order_BT.view(order_BT.shape[0], *[1] * (dim - 1), order_BT.shape[1], *[1] * (states.dim() - dim - 1))
     shape = list(states.shape)
     shape[dim] = order_BT.shape[1]
-    return states.gather(dim, index.expand(shape))
+    return states.gather(dim, index.to(states.device).expand(shape))
