@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 SSM_FORMS = ("ssd", "selective_scan")
 ATTENTION_KINDS = ("attention", "window", "multiscale", "sparse")
+ENTROPY_MODES = ("entropy", "monotonic", "combined")
 
 
 def at_least(section: str, part: Any, smallest: float, *names: str) -> None:
@@ -83,18 +84,23 @@ class HybridSettings:
         ``"source"`` ((1 - g)·attention + g·(ssm + memory) with ``gate_bias``), or ``"routed"`` (each token takes one
         branch, the other is not computed for it).
     ``memory_slots``: slots of the memory that is read, written and erased; 0 for none.
-    ``gate_bias``: of the gate at the start.
+    ``memory_chunk_size``: tokens that read and address the slots as they were before the first of them.
+    ``slot_allocation``: tokens may write to the slot that is used least, wherever their key points.
+    ``gate_bias``: of the gate at the start; of a ``"routed"`` layer's preference for the state space.
     """
 
     attention: str = "attention"
     fusion: str = "residual"
     memory_slots: int = 32
+    memory_chunk_size: int = 16
+    slot_allocation: bool = False
     gate_bias: float | int = -0.3
 
     def check(self, config: Any) -> None:
         one_of("hybrid", self, "attention", ATTENTION_KINDS)
         one_of("hybrid", self, "fusion", ("residual", "source", "routed"))
         at_least("hybrid", self, 0, "memory_slots")
+        at_least("hybrid", self, 1, "memory_chunk_size")
 
 
 @strict
@@ -143,20 +149,24 @@ class MemorySettings:
 @strict
 @dataclass
 class PatchSettings:
-    """Bytes grouped into patches before the stack of blocks (BLT, arXiv:2412.09871).
+    """Bytes grouped into patches before the stack of blocks (BLT, arXiv:2412.09871). Patches are the blocks' tokens.
 
     ``mode``: ``"none"`` (plain tokens), ``"static"`` (every ``size`` bytes), ``"space"`` (at ends of words), or by
-        the entropy of a small byte model: ``"entropy"`` (above ``threshold``, nats), ``"monotonic"`` (a rise by more
-        than ``threshold_add``), ``"combined"`` (both). ``max_size``: longest patch, 0 for any.
-    ``entropy_model``: the config of that small model, an ``MMaDAConfig`` as a dictionary.
+        the entropy in nats of the next byte under a small byte model: ``"entropy"`` (above ``threshold``),
+        ``"monotonic"`` (a rise above ``threshold``), ``"combined"`` (a rise above ``threshold_add`` to an entropy
+        above ``threshold``). ``max_size``: longest patch, 0 for any.
+    ``threshold``: null in a recipe finds the one that gives ``size`` bytes per patch on its first training rows.
+    ``entropy_model``: the config of that small model, an ``MMaDAConfig`` as a dictionary. A recipe fills it in from
+        the folder ``model.entropy_model``.
     ``local_size``, ``encoder_layers``, ``decoder_layers``, ``local_heads``, ``local_window``: the byte-level
         transformers on both sides. ``cross_attention_k``: vectors per patch, so hidden_size = k · local_size.
+    ``doubled_residual``: cross-attention adds its input twice, as the paper's code and transformers do.
     ``hash_sizes``, ``hash_vocab``: lengths and table size of the hashed byte n-grams; an empty list for none.
     """
 
     mode: str = "none"
-    size: int = 4
-    threshold: float | int = 1.335442066192627
+    size: float | int = 4
+    threshold: float | int | None = 1.335442066192627
     threshold_add: float | int = 0.5
     max_size: int = 0
     entropy_model: dict[str, Any] | None = None
@@ -166,14 +176,51 @@ class PatchSettings:
     local_heads: int = 2
     local_window: int = 128
     cross_attention_k: int = 2
+    doubled_residual: bool = False
     hash_sizes: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])
     hash_vocab: int = 5003
 
     def check(self, config: Any) -> None:
-        one_of("patches", self, "mode", ("none", "static", "space", "entropy", "monotonic", "combined"))
+        one_of("patches", self, "mode", ("none", "static", "space", *ENTROPY_MODES))
         at_least("patches", self, 1, "size", "local_size", "encoder_layers", "decoder_layers", "local_heads",
                  "local_window", "cross_attention_k", "hash_vocab")  # fmt: skip
         at_least("patches", self, 0, "max_size")
+        if self.mode == "static" and self.size != int(self.size):
+            raise ValueError(f"patches.size={self.size} is no whole number; patches.mode=static needs one")
+        if self.local_size % (2 * self.local_heads):
+            raise ValueError(
+                f"patches.local_heads={self.local_heads} does not cut patches.local_size={self.local_size} into heads "
+                f"of an even width; use a divisor of {self.local_size // 2}"
+            )
+        if config.hidden_size != self.cross_attention_k * self.local_size:
+            raise ValueError(
+                f"patches.local_size={self.local_size} times patches.cross_attention_k={self.cross_attention_k} is not "
+                f"hidden_size={config.hidden_size}; a patch is that many vectors side by side"
+            )
+        if any(size < 1 for size in self.hash_sizes):
+            raise ValueError(f"patches.hash_sizes={self.hash_sizes} holds a size below 1; use 3 to 8, or an empty list")
+        if self.needs_entropy_model:
+            self._check_entropy_model(config)
+
+    def _check_entropy_model(self, config: Any) -> None:
+        if self.entropy_model is None:
+            raise ValueError(
+                f"patches.entropy_model=null leaves patches.mode={self.mode} nothing to ask; give a small byte "
+                "model's config (a recipe: its folder as model.entropy_model), or use mode static or space"
+            )
+        own = type(config)(**self.entropy_model)
+        if own.patches.mode != "none":
+            raise ValueError(f"patches.entropy_model.patches.mode={own.patches.mode} is not none; use a plain model")
+        if own.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"patches.entropy_model.vocab_size={own.vocab_size} is not vocab_size={config.vocab_size}; use a "
+                "model of the same tokens"
+            )
+
+    @property
+    def needs_entropy_model(self) -> bool:
+        """Whether the rule asks a byte model."""
+        return self.mode in ENTROPY_MODES
 
 
 SECTIONS: dict[str, type] = {
