@@ -23,8 +23,10 @@ State = dict[str, Tensor]
 Scan = Callable[[Tensor, State | None, Context], tuple[Tensor, State]]
 
 
-def _range(count_B: Tensor) -> tuple[int, int]:
+def _range(count_B: Tensor | int) -> tuple[int, int]:
     """The smallest and the largest, in one wait for the device."""
+    if isinstance(count_B, int):
+        return count_B, count_B
     smallest, largest = torch.stack(count_B.aminmax()).tolist()
     return smallest, largest
 
@@ -75,19 +77,21 @@ class KeyValues:
             # Cloned, so that what is cut off does not live on behind a view of the rest.
             self.keys, self.values = self.keys[:, :, surplus:].clone(), self.values[:, :, surplus:].clone()
 
-    def crop(self, totals: Tensor | int, removed: Tensor | int) -> None:
-        """Take the last ``removed`` tokens of each row back, so that ``totals`` are left."""
-        if self.keys is None:
-            return
-        shortest, longest = (totals, totals) if isinstance(totals, int) else _range(totals)
-        most_removed = removed if isinstance(removed, int) else _range(removed)[1]
-        if most_removed and self.window is not None and shortest - self.window < self.offset and self.offset > 0:
+    def check_crop(self, totals: Tensor | int, removed: Tensor | int) -> None:
+        """Raise ValueError where ``crop`` would need what is no longer kept."""
+        most_removed, shortest = _range(removed)[1], _range(totals)[0]
+        if most_removed and self.offset > 0 and shortest - self.window < self.offset:
             raise ValueError(
                 f"crop({-most_removed}) reaches behind a window of {self.window} that has moved on; call "
                 "activate_past_recording() on the cache before the tokens that may be taken back"
             )
-        self.keys, self.values = (kept[:, :, : longest - self.offset] for kept in (self.keys, self.values))
-        self._trim(shortest)
+
+    def crop(self, totals: Tensor | int, removed: Tensor | int) -> None:
+        """Take the last ``removed`` tokens of each row back, so that ``totals`` are left."""
+        if self.keys is not None:
+            shortest, longest = _range(totals)
+            self.keys, self.values = (kept[:, :, : longest - self.offset] for kept in (self.keys, self.values))
+            self._trim(shortest)
 
     def tensors(self) -> list[Tensor]:
         return [] if self.keys is None else [self.keys, self.values]
@@ -166,23 +170,31 @@ class Recurrent:
         self.state = scan(span.hidden_BTD, span.before, again)[1]
         self._spans, self._is_behind = [], False
 
-    def crop(self, totals: Tensor | int, removed: Tensor | int) -> None:
-        """Take the last ``removed`` real tokens of each row back."""
-        most_removed = removed if isinstance(removed, int) else _range(removed)[1]
-        if most_removed == 0:
-            self._spans = self._spans if self._is_behind else []
-            return
-        if self.state is None and not self._spans:
-            return  # nothing was fed
-        spans = self._spans
-        if spans:
-            recorded_B = torch.cat([span.valid_BT for span in spans], dim=1).sum(dim=1)
-            lengths_B = recorded_B - torch.as_tensor(removed, device=recorded_B.device)
-        if not spans or _range(lengths_B)[0] < 0:
+    def check_crop(self, totals: Tensor | int, removed: Tensor | int) -> None:
+        """Raise ValueError where ``crop`` would need what is no longer kept."""
+        most_removed = _range(removed)[1]
+        is_used = self.state is not None or self._spans
+        if most_removed and is_used and (not self._spans or _range(self._left(removed))[0] < 0):
             raise ValueError(
                 f"crop({-most_removed}) takes back tokens that a recurrent layer has not recorded; call "
                 "activate_past_recording() on the cache before the tokens that may be taken back"
             )
+
+    def _left(self, removed: Tensor | int) -> Tensor:
+        """Recorded tokens of each row that are left after a crop, (B,)."""
+        recorded_B = torch.cat([span.valid_BT for span in self._spans], dim=1).sum(dim=1)
+        return recorded_B - torch.as_tensor(removed, device=recorded_B.device)
+
+    def crop(self, totals: Tensor | int, removed: Tensor | int) -> None:
+        """Take the last ``removed`` real tokens of each row back."""
+        if _range(removed)[1] == 0:
+            self._spans = self._spans if self._is_behind else []
+        elif self._spans:
+            self._cut(self._left(removed))
+
+    def _cut(self, lengths_B: Tensor) -> None:
+        """Go back to the state before the first span that loses a token; keep so many tokens to be run again."""
+        spans = self._spans
         while bool((spans[0].valid_BT.sum(dim=1) <= lengths_B).all()):  # whole in every row: the state after it stands
             lengths_B = lengths_B - spans[0].valid_BT.sum(dim=1)
             spans = spans[1:]
@@ -331,16 +343,19 @@ class MMaDACache(Cache):
             raise ValueError(f"crop({tokens_to_remove}) is positive; give the columns to remove as a negative number")
         if -tokens_to_remove > self.columns:
             raise ValueError(f"crop({tokens_to_remove}) removes more than the {self.columns} columns that there are")
-        self.columns += tokens_to_remove
+        columns = self.columns + tokens_to_remove
         removed: Tensor | int = -tokens_to_remove
-        totals: Tensor | int = self.columns
-        if self.valid_BS is not None:
-            removed = self.valid_BS[:, self.columns :].sum(dim=1)
-            self.valid_BS = self.valid_BS[:, : self.columns]
-            totals = self.valid_BS.sum(dim=1)
-        for layer in self.layers:
-            for part in layer.parts.values():
-                part.crop(totals, removed)
+        totals: Tensor | int = columns
+        valid_BS = self.valid_BS
+        if valid_BS is not None:
+            removed, valid_BS = valid_BS[:, columns:].sum(dim=1), valid_BS[:, :columns]
+            totals = valid_BS.sum(dim=1)
+        parts = [part for layer in self.layers for part in layer.parts.values()]
+        for part in parts:  # first, so that a crop that is refused changes nothing
+            part.check_crop(totals, removed)
+        for part in parts:
+            part.crop(totals, removed)
+        self.columns, self.valid_BS = columns, valid_BS
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:

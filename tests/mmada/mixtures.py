@@ -1,0 +1,82 @@
+"""The small models that whole-model tests go over: each kind of layer alone, and a few mixes.
+
+A kind joins as soon as ``mmada.nn.mixers.registry`` has it, so a new mixer is held to what transformers' users expect
+without another line here.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mmada.config import MIXER_TYPES
+from mmada.model import MMaDAForCausalLM
+from mmada.nn.mixers.registry import MIXERS
+from mmada.presets import build_config
+
+# Small enough that a test's dozen tokens cross every window, block, chunk and segment.
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "num_experts": 0,
+    "sliding_window": 5,
+    "window_sizes": [3, -1],
+    "sparse_block_size": 3,
+    "sparse_window_blocks": 1,
+    "ssm": {"state_size": 4, "head_dim": 16, "chunk_size": 4},
+    "hybrid": {"memory_slots": 3},
+    "memory": {"num_heads": 2, "head_dim": 8, "chunk_size": 3, "segment_size": 4, "num_persistent_tokens": 2},
+    "initializer_range": 0.2,
+}
+
+# name: what differs from one layer of attention followed by one of each kind
+CANDIDATES: dict[str, dict[str, Any]] = {
+    **{kind: {"mixer_types": f"{kind}*2"} for kind in MIXER_TYPES},
+    "ssm-selective": {"mixer_types": "ssm*2", "ssm": {**SIZES["ssm"], "form": "selective_scan"}},
+    "hybrid-routed": {"mixer_types": "hybrid*2", "hybrid": {**SIZES["hybrid"], "fusion": "routed"}},
+    "hybrid-source-window": {
+        "mixer_types": "hybrid*2",
+        "hybrid": {**SIZES["hybrid"], "fusion": "source", "attention": "window"},
+    },
+    "experts": {
+        "mixer_types": "attention,window",
+        "mlp_layer_types": "dense,moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+    },
+    "sparse-ssm-window": {"mixer_types": "sparse,ssm,window", "num_hidden_layers": 3},
+    "all-kinds": {"mixer_types": list(MIXER_TYPES), "num_hidden_layers": len(MIXER_TYPES)},
+}
+
+
+def config_of(name: str, **overrides: Any):
+    """The config of a mixture, with some fields replaced."""
+    return build_config("debug", **{**SIZES, **CANDIDATES[name], **overrides})
+
+
+def is_registered(name: str) -> bool:
+    return set(config_of(name).mixer_types) <= set(MIXERS)
+
+
+MIXTURES = [name for name in CANDIDATES if is_registered(name)]
+
+
+def make_mixture(name: str, dtype=torch.float64, attention: str = "sdpa", **overrides: Any) -> MMaDAForCausalLM:
+    """A model in evaluation mode, whose parts are stirred so that gates that start closed do not hide anything."""
+    torch.manual_seed(0)
+    config = config_of(name, **overrides)
+    model = MMaDAForCausalLM._from_config(config, attn_implementation=attention, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(8, 264, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+every_mixture = pytest.mark.parametrize("name", MIXTURES)
