@@ -53,6 +53,11 @@ class MMaDAPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # What we initialise with leaves loaded weights alone; transformers' precaution for code that does not would
+        # pass over every module without tensors of its own, and so over what it has to say about its children.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmada.config import MMaDAConfig
+from mmada.nn.sparsemax import sparsemax
 
 
 def choose_experts(
@@ -35,8 +36,6 @@ def choose_experts(
     choice_TE = scores_TE if selection_bias is None else scores_TE + selection_bias
     index_TK = choice_TE.topk(top_k, dim=-1).indices
     if normalizer == "sparsemax":
-        from mmada.nn.sparsemax import sparsemax
-
         if normalise:
             return sparsemax(logits_TE.gather(-1, index_TK), dim=-1), index_TK
         return sparsemax(logits_TE, dim=-1).gather(-1, index_TK), index_TK

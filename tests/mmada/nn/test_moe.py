@@ -3,12 +3,15 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import MixtralConfig, Qwen3MoeConfig
+from transformers import DeepseekV2Config, MixtralConfig, Qwen3MoeConfig
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from mmada.config import MMaDAConfig
+from mmada.model import MMaDAModel
 from mmada.nn.moe import MoE
+from tests.mmada.nn.layers import make_context
 
 D, F, E, K = 24, 40, 6, 2
 
@@ -68,3 +71,42 @@ def test_equals_its_own_formula_in_float64():
             hidden = gate * torch.sigmoid(gate) * up
             expected[t] += scores[t, e] / scores[t, chosen].sum() * (block.experts.down_proj[e] @ hidden)
     assert_close(block(states)[0], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_shared", [1, 2])
+def test_shared_experts_equal_deepseeks_by_value_and_gradient(num_shared):
+    """The whole block with a mixer that adds nothing: x + experts(norm x) + shared experts(norm x)."""
+    torch.manual_seed(num_shared)
+    theirs = DeepseekV2Moe(
+        DeepseekV2Config(
+            hidden_size=D, moe_intermediate_size=F, n_routed_experts=E, num_experts_per_tok=K,
+            n_shared_experts=num_shared, num_attention_heads=4,
+            routed_scaling_factor=1.0, topk_method="greedy", hidden_act="silu",
+        )
+    )  # fmt: skip
+    theirs = theirs.double()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = MMaDAConfig(
+        hidden_size=D, num_attention_heads=4, num_hidden_layers=1, moe_intermediate_size=F, num_experts=E,
+        num_experts_per_tok=K, num_shared_experts=num_shared, norm_topk_prob=False, router_noise=False,
+    )  # fmt: skip
+    block = MMaDAModel(config).layers[0].double()
+    torch.nn.init.zeros_(block.mixer.o_proj.weight)
+    weights = theirs.state_dict()
+    block.shared_experts.load_state_dict({n.partition(".")[2]: w for n, w in weights.items() if "shared" in n})
+    block.mlp.load_state_dict({n: w for n, w in weights.items() if "shared" not in n})
+    states = torch.randn(2, 31, D, dtype=torch.float64)
+    direction = torch.randn_like(states)
+    context = make_context(config, 2, 31)
+    results = []
+    for call in (lambda x: block(x, context)[0], lambda x: x + theirs(block.post_attention_layernorm(x))):
+        own = states.clone().requires_grad_()
+        output = call(own)
+        (output * direction).sum().backward()
+        results.append([output, own.grad])
+    mine, oracles = dict(block.shared_experts.named_parameters()), dict(theirs.shared_experts.named_parameters())
+    for name, parameter in oracles.items():
+        assert_close(mine[name].grad, parameter.grad, rtol=1e-6, atol=1e-9)
+    for ours, oracle in zip(*results, strict=True):
+        assert_close(ours, oracle, rtol=1e-4, atol=1e-5)  # their router takes the softmax in float32

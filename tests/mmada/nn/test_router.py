@@ -33,6 +33,31 @@ def test_selection_bias_moves_the_choice_and_not_the_weights():
     assert_close(weights, logits.softmax(-1).gather(-1, index))
 
 
+def test_sparsemax_weights():
+    """Golden vector, and: the sparsemax over all where it fits into the chosen, else the one of the chosen alone."""
+    logits = torch.tensor([[1.2, 0.8, -0.5, 0.1]], dtype=torch.float64)
+    for normalise in (True, False):
+        weights, index = choose_experts(logits, 3, normalise=normalise, normalizer="sparsemax")
+        assert index.tolist() == [[0, 1, 3]]
+        assert_close(weights, torch.tensor([[0.7, 0.3, 0.0]], dtype=torch.float64))
+    dense = torch.tensor([[0.1, 0.2, 0.3]], dtype=torch.float64)  # all three have a share: .233333, .333333, .433333
+    weights, index = choose_experts(dense, 2, normalizer="sparsemax")
+    assert index.tolist() == [[2, 1]]
+    assert_close(weights, torch.tensor([[0.55, 0.45]], dtype=torch.float64))
+    raw, _ = choose_experts(dense, 2, normalise=False, normalizer="sparsemax")
+    assert_close(raw, torch.tensor([[1.3, 1.0]], dtype=torch.float64) / 3)
+
+
+def test_sparsemax_weighs_what_softmax_chooses():
+    """With a selection bias, too: the load that balancing counts is then right for both."""
+    logits, bias = torch.randn(50, 6, dtype=torch.float64), torch.randn(6) / 4
+    soft = choose_experts(logits, 3, selection_bias=bias)
+    sparse = choose_experts(logits, 3, selection_bias=bias, normalizer="sparsemax")
+    assert torch.equal(soft[1], sparse[1])
+    assert_close(sparse[0].sum(-1), torch.ones(50, dtype=torch.float64))
+    assert (sparse[0] >= 0).all() and not torch.equal(soft[0], sparse[0])
+
+
 def test_counter_normal_is_standard_normal_and_a_pure_function_of_its_key():
     keys = torch.arange(50_000) * 2**24
     sample = counter_normal(keys, 4, stream=3)
