@@ -27,6 +27,7 @@ from mmada.nn.experts import Experts
 from mmada.nn.mixers.attention import Attention
 from mmada.nn.padding import packed_documents, restore_columns, spread_keys, valid_columns
 from mmada.nn.positions import rotary_cos_sin
+from mmada.nn.robustness import InputNoise
 from mmada.nn.router import RouterTap, mix64, selection_bias_of
 from mmada.tokenizer import register_tokenizer
 from mmada.training.objectives.router import router_losses
@@ -81,6 +82,8 @@ class MMaDAModel(MMaDAPreTrainedModel):
     def __init__(self, config: MMaDAConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        is_noisy = config.embedding_dropout or config.token_mask_probability
+        self.input_noise = InputNoise(config) if is_noisy else None
         self.layers = nn.ModuleList([Block(config, index) for index in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -103,8 +106,8 @@ class MMaDAModel(MMaDAPreTrainedModel):
 
         ``attention_mask`` (B, T) or (B, past + T) is 0 for padding, which may stand anywhere in a row.
         ``position_ids`` that start again inside a row mark packed documents, which do not see each other.
-        ``sample_ids`` (B,), int64, names the rows in the whole run; the router's noise is a function of it. Without
-        it the noise is drawn from torch's generator.
+        ``sample_ids`` (B,), int64, names the rows in the whole run; the noise of training (on the router's logits, on
+        the embeddings) is a function of it. Without it the noise is drawn from torch's generator.
         Raises ValueError unless exactly one of ``input_ids`` and ``inputs_embeds`` is given, and for a cache or a
         mask of another kind.
         """
@@ -119,7 +122,10 @@ class MMaDAModel(MMaDAPreTrainedModel):
         context = self._context(hidden, position_ids, valid_BT, order_BT, cache)
         if order_BT is not None:
             hidden = take_columns(hidden, order_BT)
-        outputs = self._blocks(hidden, context, self._noise_keys(hidden, sample_ids), cache, return_dict=True, **kwargs)
+        noise_keys_T = self._noise_keys(hidden, sample_ids)
+        if self.input_noise is not None:
+            hidden = self.input_noise(hidden, noise_keys_T)
+        outputs = self._blocks(hidden, context, noise_keys_T, cache, return_dict=True, **kwargs)
         if cache is not None:
             cache.advance(hidden.shape[1], valid_BT)
         if order_BT is not None:
@@ -189,8 +195,9 @@ class MMaDAModel(MMaDAPreTrainedModel):
         )
 
     def _noise_keys(self, hidden_BTD: Tensor, sample_ids_B: Tensor | None) -> Tensor | None:
-        """One int64 key per token (B·T,) for the router's noise, in training only; distinct for distinct tokens."""
-        if not (self.training and self.config.router_noise and self.config.moe_layers):
+        """One int64 key per token (B·T,) for the noise of training, if there is any; distinct for distinct tokens."""
+        has_router_noise = self.config.router_noise and self.config.moe_layers
+        if not (self.training and (has_router_noise or self.input_noise is not None)):
             return None
         batch, length = hidden_BTD.shape[:2]
         if sample_ids_B is None:

@@ -51,11 +51,23 @@ def counter_normal(keys_T: Tensor, num: int, stream: int) -> Tensor:
     The noise of a token thus does not depend on the worker it lands on, on the micro batch, or on how often the
     forward pass is repeated by gradient checkpointing. splitmix64 on int64 (which wraps), then Box-Muller.
     """
+    bits = _counter_bits(keys_T, num, stream)
+    return (-2 * _uniform(bits >> 40).log()).sqrt() * (2 * torch.pi * _uniform(bits >> 16)).cos()
+
+
+def counter_uniform(keys_T: Tensor, num: int, stream: int) -> Tensor:
+    """Numbers (T, num) even over (0, 1), a pure function of (key, column, stream) as in ``counter_normal``."""
+    return _uniform(_counter_bits(keys_T, num, stream) >> 40)
+
+
+def _counter_bits(keys_T: Tensor, num: int, stream: int) -> Tensor:
     column = torch.arange(num, dtype=torch.int64, device=keys_T.device)
-    z = mix64(mix64(keys_T + stream * 0x9E3779B97F4A7C1)[:, None] + column)
-    uniform_1 = (((z >> 40) & 0xFFFFFF).float() + 0.5) / 2**24
-    uniform_2 = (((z >> 16) & 0xFFFFFF).float() + 0.5) / 2**24
-    return (-2 * uniform_1.log()).sqrt() * (2 * torch.pi * uniform_2).cos()
+    return mix64(mix64(keys_T + stream * 0x9E3779B97F4A7C1)[:, None] + column)
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """The lowest 24 bits as a float32 in (0, 1)."""
+    return ((bits & 0xFFFFFF).float() + 0.5) / 2**24
 
 
 def mix64(x: Tensor) -> Tensor:
