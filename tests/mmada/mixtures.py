@@ -42,7 +42,6 @@ CANDIDATES: dict[str, dict[str, Any]] = {
         "hybrid": {**SIZES["hybrid"], "fusion": "source", "attention": "window"},
     },
     "experts": {
-        "mixer_types": "attention,window",
         "mlp_layer_types": "dense,moe",
         "num_experts": 4,
         "moe_intermediate_size": 24,

@@ -1,0 +1,319 @@
+"""Every mixture of layers does what transformers' users do: generate, save, load, cast, resize, adapt."""
+
+import copy
+import io
+import logging
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    pipeline,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
+
+from mmada.model import MMaDAForCausalLM, MMaDAModel
+from mmada.nn.cache import MMaDACache
+from mmada.tokenizer import ByteTokenizer
+from tests.mmada.mixtures import every_mixture, make_mixture, random_ids
+
+CLOSE = {"rtol": 1e-6, "atol": 1e-9}
+GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 9}
+
+
+@every_mixture
+class TestGenerate:
+    def test_left_padded_batch_equals_single_prompts(self, name):
+        model, tokens = make_mixture(name), random_ids(3, 8)
+        mask = torch.tensor([[0] * 3 + [1] * 5, [1] * 8, [0] * 7 + [1]])
+        together = model.generate(tokens.where(mask == 1, 0), attention_mask=mask, **GREEDY)
+        for row in range(3):
+            alone = model.generate(tokens[row : row + 1, mask[row].bool()], **GREEDY)
+            assert torch.equal(together[row, 8:], alone[0, -9:])
+
+    def test_the_cache_changes_no_token(self, name):
+        """Greedy, with four beams over a padded batch, and with a prompt that goes in in chunks."""
+        model, tokens = make_mixture(name), random_ids(2, 8)
+        mask = torch.ones_like(tokens)
+        mask[0, :3] = 0
+        for how in ({}, {"num_beams": 4, "num_return_sequences": 2}):
+            with_cache, without = (
+                model.generate(tokens, attention_mask=mask, use_cache=use_cache, **GREEDY, **how)
+                for use_cache in (True, False)
+            )
+            assert torch.equal(with_cache, without)
+        chunked = model.generate(tokens, attention_mask=mask, prefill_chunk_size=3, **GREEDY)
+        assert torch.equal(chunked, model.generate(tokens, attention_mask=mask, **GREEDY))
+
+    def test_samples_are_the_same_with_and_without_the_cache(self, name):
+        model, tokens, samples = make_mixture(name), random_ids(1, 6), []
+        for use_cache in (True, False):
+            torch.manual_seed(3)
+            samples.append(
+                model.generate(
+                    tokens,
+                    do_sample=True,
+                    top_k=50,
+                    num_return_sequences=3,
+                    max_new_tokens=6,
+                    eos_token_id=None,
+                    use_cache=use_cache,
+                )  # fmt: skip
+            )
+        assert torch.equal(*samples)
+        assert len(samples[0].unique(dim=0)) > 1
+
+    def test_an_assistant_changes_no_token(self, name):
+        """Another model of this mixture, which is right at times; one of another mixture; and looking up the prompt."""
+        model = make_mixture(name)
+        tokens = random_ids(1, 4).repeat(1, 3)
+        plain = model.generate(tokens, **{**GREEDY, "max_new_tokens": 16})
+        near = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in near.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+        for how in ({"assistant_model": near}, {"assistant_model": make_mixture("attention")},
+                    {"prompt_lookup_num_tokens": 3}):  # fmt: skip
+            assert torch.equal(model.generate(tokens, **{**GREEDY, "max_new_tokens": 16}, **how), plain)
+
+    def test_a_conversation_goes_on_with_its_cache(self, name):
+        model, tokens = make_mixture(name), random_ids(1, 5)
+        cache = MMaDACache(model.config.num_hidden_layers)
+        first = model.generate(tokens, past_key_values=cache, **GREEDY)
+        assert cache.get_seq_length() == first.shape[1] - 1
+        said = torch.cat([first, random_ids(1, 4, seed=5)], dim=1)
+        kept = copy.deepcopy(cache)
+        file = io.BytesIO()
+        torch.save(cache, file)
+        file.seek(0)
+        expected = model.generate(said, **GREEDY)
+        for each in (cache, kept, torch.load(file, weights_only=False)):
+            assert torch.equal(model.generate(said, past_key_values=each, **GREEDY), expected)
+
+    def test_from_embeddings(self, name):
+        model, tokens = make_mixture(name), random_ids(2, 6)
+        embeddings = model.get_input_embeddings()(tokens)
+        assert_close(model(inputs_embeds=embeddings).logits, model(tokens).logits, **CLOSE)
+        new = model.generate(inputs_embeds=embeddings, **GREEDY)
+        assert torch.equal(new, model.generate(tokens, **GREEDY)[:, 6:])
+
+    def test_says_nothing_that_was_not_asked(self, name, caplog, capsys, monkeypatch):
+        """No warning, no log line, no print for ordinary calls; what is streamed is what is returned."""
+
+        class Collect(BaseStreamer):
+            def __init__(self):
+                self.ids = []
+
+            def put(self, value):
+                self.ids += value.flatten().tolist()
+
+            def end(self):
+                self.ids.append("end")
+
+        model, tokens, streamer = make_mixture(name, torch.float32), random_ids(1, 5), Collect()
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        transformers_logging.warning_once.cache_clear()
+        with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+            warnings.simplefilter("error")
+            new = model.generate(tokens, max_new_tokens=4, do_sample=False, streamer=streamer)
+            model.generate(tokens, generation_config=GenerationConfig(max_new_tokens=3, do_sample=True, pad_token_id=0))
+            model.generate(tokens, attention_mask=torch.ones_like(tokens), num_beams=2, max_length=9)
+            model(tokens, labels=tokens).loss.backward()
+        assert streamer.ids == [*new[0].tolist(), "end"]
+        assert caplog.records == [] and capsys.readouterr() == ("", "")
+        model.generate(tokens, max_new_tokens=1, do_sample=False, temperature=0.5)
+        assert "temperature" in caplog.text  # a warning would have been caught
+
+
+@every_mixture
+class TestSaving:
+    def test_one_file_or_many_through_the_auto_classes(self, name, tmp_path):
+        model, tokens = make_mixture(name, torch.float32), random_ids(1, 9)
+        model.generation_config.max_new_tokens = 3
+        expected = model(tokens).logits
+        for folder, size in (("one", "1GB"), ("many", "20KB")):
+            model.save_pretrained(tmp_path / folder, max_shard_size=size)
+            files = list((tmp_path / folder).glob("*.safetensors"))
+            assert (len(files) == 1) == (folder == "one")
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+            assert type(loaded) is MMaDAForCausalLM and loaded.dtype == torch.float32 and not loaded.training
+            assert torch.equal(loaded(tokens).logits, expected)
+            assert loaded.state_dict().keys() == model.state_dict().keys()
+            assert loaded.generate(tokens, do_sample=False, eos_token_id=None).shape == (1, 12)
+        body = AutoModel.from_pretrained(tmp_path / "one")
+        assert type(body) is MMaDAModel
+        assert torch.equal(model.lm_head(body(tokens).last_hidden_state), expected)
+        assert AutoConfig.from_pretrained(tmp_path / "many").to_dict() == loaded.config.to_dict()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_loaded_at_another_precision(self, name, dtype, tmp_path):
+        model, tokens = make_mixture(name, torch.float32), random_ids(1, 9)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert loaded.dtype == dtype
+        assert torch.equal(loaded(tokens).logits, copy.deepcopy(model).to(dtype)(tokens).logits)
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_attention_is_chosen_at_loading_and_later(self, name, attention, tmp_path):
+        model, tokens = make_mixture(name, attention="sdpa"), random_ids(1, 9)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
+        assert loaded.config._attn_implementation == attention
+        assert_close(loaded(tokens).logits, model(tokens).logits, **CLOSE)
+        loaded.set_attn_implementation("eager" if attention == "sdpa" else "sdpa")
+        assert_close(loaded(tokens).logits, model(tokens).logits, **CLOSE)
+
+    @pytest.mark.parametrize("tie", [True, False])
+    def test_embeddings_tied_or_not_can_be_resized(self, name, tie, tmp_path):
+        model, tokens = make_mixture(name, torch.float32, tie_word_embeddings=tie), random_ids(1, 9)
+        expected = model(tokens).logits
+        model.resize_token_embeddings(270)
+        assert model.config.vocab_size == 270
+        assert torch.equal(model(tokens).logits[..., :264], expected)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert loaded(tokens).logits.shape[-1] == 270 and torch.equal(loaded(tokens).logits, model(tokens).logits)
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tie
+
+    def test_a_fresh_model_loads_without_a_word_about_its_keys(self, name, tmp_path):
+        model = make_mixture(name, torch.float32)
+        model.save_pretrained(tmp_path)
+        _, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values()), report
+
+    def test_casts_and_copies(self, name):
+        model, tokens = make_mixture(name, torch.float32), random_ids(1, 9)
+        expected = model(tokens).logits
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert torch.equal(model(tokens).logits, expected)
+        assert_close(model.to(torch.float64)(tokens).logits.float(), expected, rtol=1e-3, atol=1e-4)
+        assert torch.equal(model.to(torch.float32)(tokens).logits, expected)
+
+    def test_laid_out_over_devices_by_hooks(self, name, tmp_path):
+        """The weights of all blocks on disk: present only while the module that owns them runs."""
+        model, tokens = make_mixture(name, torch.float32), random_ids(2, 7)
+        model.save_pretrained(tmp_path)
+        layout = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers": "disk"}
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=layout, offload_folder=tmp_path / "offload")
+        assert any(parameter.is_meta for parameter in loaded.parameters())
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+        assert torch.equal(loaded.generate(tokens, **GREEDY), model.generate(tokens, **GREEDY))
+
+
+@every_mixture
+class TestAdapters:
+    def adapted(self, model):
+        torch.manual_seed(1)
+        return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+    def test_trains_merges_saves_and_loads(self, name, tmp_path):
+        model, tokens = make_mixture(name), random_ids(2, 12)
+        base = {key: value.clone() for key, value in model.state_dict().items()}
+        plain = model(tokens).logits
+        peft_model = self.adapted(copy.deepcopy(model)).train()
+        trained = [p for p in peft_model.parameters() if p.requires_grad]
+        optimizer, losses = torch.optim.AdamW(trained, lr=0.01), []
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = peft_model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 0.05
+        peft_model.eval()
+        for key, parameter in peft_model.base_model.model.named_parameters():
+            if "lora_" not in key:
+                assert torch.equal(parameter, base[key.replace(".base_layer", "")]) and parameter.grad is None
+        changed = peft_model(input_ids=tokens).logits
+        assert (changed - plain).abs().max() > 0.01
+        with peft_model.disable_adapter():
+            assert_close(peft_model(input_ids=tokens).logits, plain, **CLOSE)
+        with_cache, without = (peft_model.generate(input_ids=tokens, use_cache=on, **GREEDY) for on in (True, False))
+        assert torch.equal(with_cache, without)
+        peft_model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+        assert_close(loaded(input_ids=tokens).logits, changed, **CLOSE)
+        merged = peft_model.merge_and_unload()
+        assert type(merged) is MMaDAForCausalLM and merged.state_dict().keys() == base.keys()
+        assert_close(merged(tokens).logits, changed, **CLOSE)
+
+    def test_every_adapter_gets_a_gradient(self, name):
+        """A layer that bypassed its modules' forward would leave its adapters idle."""
+        model, tokens = self.adapted(make_mixture(name)).train(), random_ids(2, 12)
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        idle = [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+        assert idle == []
+
+
+@every_mixture
+@torch.no_grad()
+def test_scoring_batches_padded_on_the_right(name):
+    """As evaluation harnesses do: logits of the real columns of a batch."""
+    model, tokens = make_mixture(name), random_ids(3, 10)
+    mask = (torch.arange(10) < torch.tensor([10, 4, 7])[:, None]).long()
+    logits = model(tokens, attention_mask=mask).logits
+    without_mask = model(tokens).logits  # causal: what is behind a token does not change it
+    for row, length in enumerate([10, 4, 7]):
+        alone = model(tokens[row : row + 1, :length]).logits
+        assert_close(logits[row : row + 1, :length], alone, **CLOSE)
+        assert_close(without_mask[row : row + 1, :length], alone, **CLOSE)
+
+
+@every_mixture
+def test_pipeline_with_the_byte_tokenizer(name, tmp_path):
+    model = make_mixture(name, torch.float32)
+    model.save_pretrained(tmp_path)
+    ByteTokenizer().save_pretrained(tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path), tokenizer=AutoTokenizer.from_pretrained(tmp_path))
+    texts = generator(["Hello", "Grüße an alle"], max_new_tokens=5, do_sample=False, batch_size=2)
+    for (answer,), prompt in zip(texts, ["Hello", "Grüße an alle"], strict=True):
+        ids = ByteTokenizer()(prompt, return_tensors="pt").input_ids
+        new = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        assert answer["generated_text"] == prompt + ByteTokenizer().decode(new, skip_special_tokens=True)
+
+
+class TestRefusals:
+    """What cannot be done is refused by name, not done wrongly."""
+
+    def test_caches_of_another_kind(self):
+        model, tokens = make_mixture("attention"), random_ids(1, 4)
+        with pytest.raises(ValueError, match="DynamicCache.*MMaDACache"):
+            model(tokens, past_key_values=DynamicCache())
+        with pytest.raises(ValueError, match="DynamicCache.*MMaDACache"):
+            model.generate(tokens, past_key_values=DynamicCache(), max_new_tokens=2)
+        with pytest.raises(ValueError, match="cache_implementation=static"):
+            model.generate(tokens, cache_implementation="static", max_new_tokens=2)
+        assert model.generate(tokens, cache_implementation="dynamic", max_new_tokens=2).shape[1] <= 6
+
+    def test_inputs_that_are_none(self):
+        model, tokens = make_mixture("attention"), random_ids(1, 4)
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model()
+        with pytest.raises(ValueError, match=r"shape \(1, 0\)"):
+            model(tokens[:, :0])
+        with pytest.raises(ValueError, match=r"attention_mask has the shape \(1, 3\)"):
+            model(tokens, attention_mask=torch.ones(1, 3))
+
+    def test_tuples_instead_of_outputs(self):
+        model, tokens = make_mixture("attention"), random_ids(1, 4)
+        expected = model(tokens).logits
+        assert torch.equal(model(tokens, return_dict=False)[0], expected)
+        assert torch.equal(model.lm_head(model.model(tokens, return_dict=False)[0]), expected)
+        model.config.return_dict = False
+        assert torch.equal(model(tokens)[0], expected)
