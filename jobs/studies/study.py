@@ -34,7 +34,7 @@ class RecallTaskSetting:
 
     lengths: tuple[int, ...]
     num_pairs: int = 8
-    num_symbols: int = 32
+    num_symbols: int = 12
     rows: int = 256
     unit: str = "share of right answers"
 
