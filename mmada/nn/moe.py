@@ -22,7 +22,7 @@ from mmada.nn.router import choose_experts, selection_bias_of
 
 
 class Gate(nn.Linear):
-    """Router logits x Wᵀ, (T, D) to (T, E).
+    """Router logits x Wᵀ, (T, D) to (T, E), in float32 at least.
 
     With loss-free balancing it carries the buffer ``e_score_correction_bias`` (E,), float32: it is added when
     experts are chosen and left out of their weights (arXiv:2408.15664).
@@ -32,6 +32,10 @@ class Gate(nn.Linear):
         super().__init__(config.hidden_size, config.num_experts, bias=False)
         if config.router_bias_update_rate > 0:
             self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def forward(self, flat_TD: Tensor) -> Tensor:
+        wide = torch.promote_types(flat_TD.dtype, torch.float32)
+        return nn.functional.linear(flat_TD.to(wide), self.weight.to(wide))
 
 
 class MoE(nn.Module):

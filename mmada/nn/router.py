@@ -85,7 +85,10 @@ def gate_of(mlp: nn.Module) -> nn.Module:
 
 def selection_bias_of(mlp: nn.Module) -> Tensor | None:
     """The loss-free balancing bias (E,) of an expert block, wherever an engine moved it; None without one."""
-    return getattr(mlp.router if hasattr(mlp, "router") else mlp.gate, "e_score_correction_bias", None)
+    owner = mlp.router if hasattr(mlp, "router") else mlp.gate
+    if hasattr(owner, "get_base_layer"):  # an adapter around the gate
+        owner = owner.get_base_layer()
+    return getattr(owner, "e_score_correction_bias", None)
 
 
 class RouterTap(nn.Module):
@@ -111,7 +114,9 @@ class RouterTap(nn.Module):
 
     def run_gate(self, mlp: nn.Module, flat_TD: Tensor, noise_keys_T: Tensor | None) -> Tensor:
         """Run only the gate of the expert block with the tap open: the router's logits (T, E), float32."""
-        return self._listen(mlp, gate_of(mlp), flat_TD, noise_keys_T)[1]
+        # The gate's output, not what was noted on the way to it: engines that shard parameters gather the gate's
+        # weight for the backward pass when a gradient comes by at the output.
+        return self._listen(mlp, gate_of(mlp), flat_TD, noise_keys_T)[0]
 
     def forward(self, flat_TD: Tensor, logits_TE: Tensor) -> Tensor:
         """Logits with this step's noise, in training; as they are otherwise. Called by the hook on the gate."""
@@ -143,7 +148,7 @@ class RouterTap(nn.Module):
             self.__dict__["_watched"] = gate  # not a submodule: the gate belongs to the expert block
 
     def _on_gate(self, gate: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if output.dtype in (torch.float16, torch.bfloat16):  # the router decides in float32
+        if output.dtype in (torch.float16, torch.bfloat16):  # an engine's gate, and the router decides in float32
             output = F.linear(args[0].float(), gate.weight.float())
         self._logits_TE = self(args[0], output)
         return self._logits_TE

@@ -250,15 +250,26 @@ class TestAdapters:
         assert type(merged) is MMaDAForCausalLM and merged.state_dict().keys() == base.keys()
         assert_close(merged(tokens).logits, changed, **CLOSE)
 
-    def test_every_adapter_gets_a_gradient(self, name):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_every_adapter_gets_a_gradient(self, name, dtype):
         """A layer that bypassed its modules' forward would leave its adapters idle."""
-        model, tokens = self.adapted(make_mixture(name)).train(), random_ids(2, 12)
+        model, tokens = self.adapted(make_mixture(name, dtype)).train(), random_ids(2, 12)
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.1)
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         idle = [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
         assert idle == []
+
+    def test_an_adapter_around_a_router_leaves_its_selection_bias_in_force(self, name):
+        model, tokens = make_mixture(name, torch.bfloat16, router_bias_update_rate=0.1), random_ids(2, 12)
+        biases = [value for key, value in model.named_buffers() if "e_score_correction_bias" in key]
+        assert len(biases) == len(model.config.moe_layers)
+        for bias in biases:
+            bias.copy_(torch.tensor([9.0, 0.0, 0.0, -9.0]))
+        expected = model(tokens).logits
+        adapted = self.adapted(model)  # starts as the identity
+        assert torch.equal(adapted(input_ids=tokens).logits, expected)
 
 
 @every_mixture
