@@ -67,6 +67,9 @@ def run(arguments: list[str]) -> int:
     if verb in ("bench", "study") and not "".join(arguments[1:2]).startswith("-"):
         own, rest = arguments[:2], arguments[2:]  # what follows such a name is its own, --help too
     options, unknown = parser.parse_known_args(own)
+    if hasattr(options, "overrides") and not any(each.startswith("-") for each in unknown):
+        options.overrides = [*options.overrides, *unknown]  # argparse takes none of those that stand behind an option
+        unknown = []
     if unknown:
         raise CommandError(f"argument={unknown[0]} is not known to mmada {verb}; see mmada {verb} --help")
     options.rest = rest
@@ -131,6 +134,16 @@ def generate(options: argparse.Namespace) -> int:
     )
 
 
+def profile(options: argparse.Namespace) -> int:
+    """Measure what each part of a recipe's model costs."""
+    from jobs.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    from jobs.profile import run
+
+    return run(recipe, options.rounds, options.json)
+
+
 def bench(options: argparse.Namespace) -> int:
     """Run one measurement."""
     import importlib
@@ -164,6 +177,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": plan,
     "export": export,
     "generate": generate,
+    "profile": profile,
     "bench": bench,
     "study": study,
     "doctor": doctor,
@@ -214,6 +228,12 @@ def build_parser() -> Parser:
     each.add_argument("--temperature", type=float_from(0), default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     each.add_argument("--top-p", type=probability, default=0.95, metavar="P", help="nucleus (default: 0.95)")
     each.add_argument("--seed", type=int_from(0), default=0, metavar="S", help="same seed, same text (default: 0)")
+
+    each = add("profile", "measure what each part of a recipe's model costs, and the model without it")
+    each.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    each.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a key of it")
+    each.add_argument("--rounds", type=int_from(2), default=9, metavar="N", help="timed rounds (default: 9)")
+    each.add_argument("--json", type=file_to_write, metavar="FILE", help="write every single time there, too")
 
     each = add("bench", "measure, and print the numbers")
     each.add_argument("name", metavar="NAME", help=f"one of: {', '.join(bench_names())}; its own arguments follow")

@@ -26,11 +26,12 @@ def special_ids(recipe: Recipe) -> dict[str, int | None]:
     return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
-def build_model(recipe: Recipe) -> MMaDAForCausalLM:
-    """A new model in float32, its weights a function of ``run.seed`` alone."""
+def build_model(recipe: Recipe, config: MMaDAConfig | None = None) -> MMaDAForCausalLM:
+    """A new model in float32, its weights a function of ``run.seed`` alone; ``config`` in place of the recipe's own."""
     torch.manual_seed(recipe.run.seed)
     attention = recipe.model.overrides().get("attn_implementation", "sdpa")
-    model = MMaDAForCausalLM._from_config(model_config(recipe), attn_implementation=attention, dtype=torch.float32)
+    config = config or model_config(recipe)
+    model = MMaDAForCausalLM._from_config(config, attn_implementation=attention, dtype=torch.float32)
     if recipe.train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model

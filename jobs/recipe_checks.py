@@ -229,11 +229,8 @@ def check_gpus(recipe: Recipe) -> None:
 
 def check_run(recipe: Recipe) -> None:
     """Raise RecipeError unless the run's folder is free, or holds a run that this recipe can go on with."""
-    folder, parent = recipe.run_dir, recipe.run_dir.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise RecipeError(f"run.dir={recipe.run.dir} cannot be written to ({parent}); give another folder")
+    check_run_dir(recipe)
+    folder = recipe.run_dir
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"run.name={recipe.run.name} is a file ({folder}); choose another run.name")
     # A start that was cut short leaves logs and nothing to go on with: such a folder is free.
@@ -250,6 +247,15 @@ def check_run(recipe: Recipe) -> None:
     if not saved.is_file():
         raise RecipeError(f"run.resume=true finds no run in {folder}; leave it out, or name a run in {recipe.run.dir}")
     check_resumed(recipe, saved)
+
+
+def check_run_dir(recipe: Recipe) -> None:
+    """``run.dir`` can be written to, or made."""
+    parent = recipe.run_dir.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RecipeError(f"run.dir={recipe.run.dir} cannot be written to ({parent}); give another folder")
 
 
 def check_resumed(recipe: Recipe, saved: Path) -> None:

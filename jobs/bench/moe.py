@@ -11,23 +11,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jobs.bench.measuring import MATMUL_SIZE, matmul_flops, matmul_seconds
+from jobs.bench.measuring import (
+    MATMUL_SIZE,
+    Timings,
+    in_turns,
+    matmul_flops,
+    matmul_seconds,
+    short,
+    torch_threads,
+    with_spread,
+)
 from jobs.cli import Parser, file_to_write, int_from
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-WARM_UP_ROUNDS = 2
 FLOOR, PEAK = "dense (the floor)", "matmul peak"
 
 
@@ -50,28 +56,6 @@ class Shape(NamedTuple):
 
 
 SHAPES = (Shape(512, 1024, 16, 2, 2048), Shape(512, 256, 64, 4, 2048), Shape(256, 512, 64, 2, 512))
-
-
-@dataclass
-class Timings:
-    """Milliseconds of one contender, one for each round, and those of the floor in the same rounds."""
-
-    name: str
-    milliseconds: list[float] = field(default_factory=list)
-
-    def ratios(self, floor: Timings) -> tuple[float, float, float]:
-        """Lower quartile, median and upper quartile of the time over the floor's, round by round."""
-        pairs = zip(self.milliseconds, floor.milliseconds, strict=True)
-        low, middle, high = statistics.quantiles((own / base for own, base in pairs), n=4, method="inclusive")
-        return low, middle, high
-
-    @property
-    def best(self) -> float:
-        return min(self.milliseconds)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.milliseconds)
 
 
 def run(args: list[str]) -> int:
@@ -127,19 +111,6 @@ def read_shape(text: str) -> Shape:
     if shape.top_k > shape.num_experts:
         raise argparse.ArgumentTypeError(f"{text} takes {shape.top_k} of {shape.num_experts} experts; use K up to E")
     return shape
-
-
-@contextmanager
-def torch_threads(num_threads: int | None) -> Iterator[int]:
-    """Run with that many threads (None: leave it to PyTorch); gives how many there are."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -218,15 +189,8 @@ def measure(shape: Shape, rounds: int) -> dict[str, Timings]:
     hidden = torch.randn(1, shape.num_tokens, shape.hidden_size, requires_grad=True)
     steps = {name: step_of(layer, hidden) for name, layer in contenders(shape).items()}
     steps[PEAK] = lambda: 1e3 * matmul_seconds()
-    timings = {name: Timings(name) for name in steps}
-    names = list(steps)
-    for index in range(-WARM_UP_ROUNDS, rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            milliseconds = steps[name]()
-            if index >= 0:
-                timings[name].milliseconds.append(milliseconds)
-    return timings
+    measured = in_turns(steps, rounds)
+    return {name: Timings(name, milliseconds) for name, milliseconds in measured.items()}
 
 
 def step_of(layer: nn.Module, hidden: Any) -> Callable[[], float]:
@@ -283,21 +247,15 @@ def table(shape: Shape, timings: dict[str, Timings], num_threads: int) -> Table:
     for name, each in timings.items():
         if name == PEAK:
             continue
-        low, middle, high = each.ratios(floor)
         result.add_row(
             name,
             short(each.median),
             short(each.best),
-            f"{short(middle)} ({short(low)} .. {short(high)})",
+            with_spread(each.ratios(floor)),
             short(each.best / floor.best),
             f"{shape.flops / (1e-3 * each.best) / peak:.0%}",
         )
     return result
-
-
-def short(value: float) -> str:
-    """Three digits: 1.23, 12.3, 123."""
-    return f"{value:.{max(0, 2 - (len(str(int(value))) - 1))}f}"
 
 
 def record(shape: Shape, timings: dict[str, Timings], num_threads: int) -> dict[str, Any]:
