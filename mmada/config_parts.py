@@ -36,13 +36,15 @@ class SSMSettings:
     """State-space layers (Mamba, arXiv:2312.00752; Mamba-2, arXiv:2405.21060).
 
     ``form``: ``"ssd"`` (one decay per head, chunked matrix form) or ``"selective_scan"`` (one per channel and state).
-    ``state_size``: numbers kept per channel. ``expand``: inner width over hidden_size. ``head_dim``, ``num_groups``:
-        of ssd. ``conv_kernel``: tokens of the short convolution. ``chunk_size``: tokens computed in parallel.
+    ``state_size``: numbers kept per channel; default 64 of ssd, 16 of selective_scan.
+    ``expand``: inner width over hidden_size. ``conv_kernel``: tokens that the short convolution sees.
+    ``head_dim``: width of the heads of ssd; ``num_groups``: groups of them that share what is written and read.
+    ``chunk_size``: tokens that ssd takes at once; only the time depends on it.
     ``time_step_min``, ``time_step_max``, ``time_step_floor``: range of the step size at the start.
     """
 
     form: str = "ssd"
-    state_size: int = 16
+    state_size: int | None = None
     expand: float | int = 2
     head_dim: int = 32
     num_groups: int = 1
@@ -51,6 +53,10 @@ class SSMSettings:
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.state_size is None:
+            self.state_size = 16 if self.form == "selective_scan" else 64
 
     def check(self, config: Any) -> None:
         one_of("ssm", self, "form", SSM_FORMS)

@@ -9,9 +9,11 @@ from torch import nn
 
 from mmada.config import MMaDAConfig
 from mmada.nn.mixers.attention import Attention
+from mmada.nn.mixers.ssm import SSM
 
 MIXERS: dict[str, Callable[[MMaDAConfig, int], nn.Module]] = {
     "attention": partial(Attention, kind="attention"),
+    "ssm": SSM,
 }
 
 
