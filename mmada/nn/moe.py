@@ -67,7 +67,7 @@ def run_experts(mlp: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK:
     the workers that hold their experts, but routes them by a router of its own: for this one call that router
     answers what was decided here.
     """
-    if isinstance(mlp, MoE):
+    if not hasattr(mlp, "router"):
         return mlp.experts(hidden_TD, index_TK, weights_TK.to(hidden_TD.dtype))
     with _routed(mlp, index_TK, weights_TK):
         return mlp(hidden_TD[None])[0]

@@ -101,7 +101,7 @@ def test_gradient_checkpointing_meets_the_same_noise():
     for checkpointing in (False, True):
         model = make_model(**NOISY, num_experts=4).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model(tokens, labels=tokens, sample_ids=torch.tensor([5, 6]), use_cache=False).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
         assert model.model.input_noise.mask_embedding.grad.abs().max() > 0
