@@ -6,10 +6,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from mmada.config_attention import check_attention
 from mmada.config_parts import SECTIONS, make_section, section_dict
 from mmada.layer_pattern import expand_pattern
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # those of transformers
 POSITION_TYPES = ("rope", "alibi", "relative", "none")
 MIXER_TYPES = (
     "attention", "window", "multiscale", "sparse", "ssm", "hybrid",
@@ -160,12 +160,6 @@ class MMaDAConfig(PreTrainedConfig):
         for name in self.sections_in_use:
             getattr(self, name).check(self)
         self._check_experts()
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_parameters.rope_type={rope_type} is unknown; use one of {', '.join(ROPE_TYPES)}")
-        theta = (self.rope_parameters or {}).get("rope_theta", 1.0)
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
-            raise ValueError(f"rope_parameters.rope_theta={theta} is not a positive number; use 10000.0, say")
         for name in ("initializer_range", "rms_norm_eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive; use 0.02 and 1e-6, say")
@@ -173,6 +167,11 @@ class MMaDAConfig(PreTrainedConfig):
             raise ValueError(f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}; use 0, say")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} is not in [0, 1); use 0 for none")
+        check_attention(self)
+
+    def _validate_ntk_rope_parameters(self, rope_parameters: dict[str, Any], ignore_keys: Any = None) -> None:
+        """Asked by transformers, which has such a method for each of its own types."""
+        self._check_received_keys("ntk", set(rope_parameters), {"rope_type", "rope_theta", "factor"})
 
     def _check_experts(self) -> None:
         types, heads = self.mlp_layer_types, self.cross_expert_heads

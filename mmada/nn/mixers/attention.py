@@ -1,50 +1,35 @@
-"""Grouped-query attention with rotary positions.
+"""Grouped-query attention of every kind: to all tokens, in a window, in windows by head, and block-sparse.
 
-# B batch, T tokens, D model, H query heads, G key/value heads, K head_dim, S keys in the cache
+# B batch, T tokens, D model, H query heads, G key/value heads, K head_dim, S keys in the cache, N distances
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmada.config import MMaDAConfig
+from mmada.nn.attention.attend import attend
+from mmada.nn.attention.block_pattern import BlockPattern
+from mmada.nn.attention.choice import choose_kernel
 from mmada.nn.attention.persistent import PersistentKeyValues
+from mmada.nn.attention.scoring import Scoring
 from mmada.nn.cache import MMaDACache
 from mmada.nn.context import Context
-from mmada.nn.masks import causal_mask
-from mmada.nn.positions import rotate
+from mmada.nn.masks import Visibility
+from mmada.nn.positions import RelativeBias, alibi_bias, rotate
 
 
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """The plain formula, softmax(q kᵀ s + mask) v, with its weights; the signature of transformers' interface.
+@dataclass(frozen=True)
+class HeadGroup:
+    """Heads that see alike: ``heads`` of the queries, ``kv_heads`` that these read, their window and cache part."""
 
-    query (B, H, T, K); key, value (B, G, S, K); returns (B, T, H, K) and (B, H, T, S).
-    """
-    groups = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(groups, dim=1)
-    value = value.repeat_interleave(groups, dim=1)
-    scores_BHTS = query @ key.transpose(2, 3) * scaling
-    if attention_mask is None and query.shape[2] > 1:
-        attention_mask = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=query.device).tril()
-    if attention_mask is not None:
-        scores_BHTS = scores_BHTS.masked_fill(~attention_mask, -torch.inf)
-    wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
-    weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=wide).to(query.dtype)
-    weights_BHTS = nn.functional.dropout(weights_BHTS, p=dropout, training=module.training)
-    return (weights_BHTS @ value).transpose(1, 2).contiguous(), weights_BHTS
+    heads: slice
+    kv_heads: slice
+    window: int | None
+    state_name: str
 
 
 class Attention(nn.Module):
@@ -66,11 +51,16 @@ class Attention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
+        self.groups = head_groups(config, kind, state_name)
+        self.pattern = block_pattern(config, layer_idx) if kind == "sparse" else None
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.relative_bias = RelativeBias(config) if config.position_embedding_type == "relative" else None
         self.persistent = PersistentKeyValues(config, num_persistent) if num_persistent else None
 
     def forward(
@@ -78,36 +68,116 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Mix (B, T, D) along T; keys and values join ``past_key_values`` where one is given.
 
-        Returns the mixed states (B, T, D) and the weights, which only the eager kernel knows.
+        Returns the mixed states (B, T, D) and the weights on tokens (B, H, T, S), which only the eager kernel knows.
         """
         heads_BTHK = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads_BTHK).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads_BTHK).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads_BTHK).transpose(1, 2)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
         if context.rotary is not None:
             query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
+        bias_HN = self._position_bias(context, query.dtype)
+        mixed, weights, first_columns = [], [], []
+        for group in self.groups:
+            bias = None if bias_HN is None else bias_HN[group.heads]
+            part, part_weights, offset = self._attend(
+                group, query[:, group.heads], key[:, group.kv_heads], value[:, group.kv_heads], bias, context,
+                past_key_values,
+            )  # fmt: skip
+            mixed.append(part)
+            weights.append(part_weights)
+            first_columns.append(offset)
+        mixed_BTHK = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
+        output = self.o_proj(mixed_BTHK.reshape(*hidden_states.shape[:-1], -1))
+        return output, None if weights[0] is None else join_weights(weights, first_columns)
+
+    def _attend(
+        self,
+        group: HeadGroup,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias_HN: Tensor | None,
+        context: Context,
+        past_key_values: MMaDACache | None,
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """The mixed heads of one group (B, T, H, K), their weights, and the token number of the weights' column 0."""
         offset = 0
         if past_key_values is not None:
-            key, value, offset = (
-                past_key_values.layers[self.layer_idx].key_values(self.state_name).append(key, value, context)
-            )
-        num_keys = key.shape[2]
-        mask = context.once(
-            ("causal", num_keys, offset), lambda: causal_mask(context, num_keys=num_keys, offset=offset)
+            state = past_key_values.layers[self.layer_idx].key_values(group.state_name, group.window)
+            key, value, offset = state.append(key, value, context)
+        num_tokens = key.shape[2]
+        visibility = context.once(
+            ("visibility", num_tokens, offset, group.window, self.num_persistent, self.pattern),
+            lambda: Visibility.of(context, num_tokens, offset, group.window, self.num_persistent, self.pattern),
         )
         if self.persistent is not None:
-            key, value = self.persistent(key, value)
-            if mask is None:
-                mask = context.index_BT()[:, None, :, None] >= torch.arange(num_keys, device=context.device)
-            mask = nn.functional.pad(mask, (self.num_persistent, 0), value=True)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            key, value = self.persistent(key, value, group.kv_heads)
         mixed_BTHK, weights = attend(
             self,
+            choose_kernel(self.config, self.training),
             query,
             key,
             value,
-            mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
+            visibility,
+            Scoring(
+                scaling=self.scaling,
+                softcap=self.config.attn_logit_softcapping,
+                bias_HN=bias_HN,
+                dropout=self.config.attention_dropout if self.training else 0.0,
+                normalizer=self.config.attention_normalizer,
+            ),
+            want_weights=self.config._attn_implementation == "eager",
         )
-        return self.o_proj(mixed_BTHK.reshape(*hidden_states.shape[:-1], -1)), weights
+        return mixed_BTHK, None if weights is None else weights[..., self.num_persistent :], offset
+
+    def _position_bias(self, context: Context, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores at each distance (H, N), after any cap; None without such positions."""
+        if self.relative_bias is not None:
+            bias_HN = self.relative_bias(context.device)
+            # "before": (q kᵀ + r) · scaling
+            return bias_HN * self.scaling if self.config.relative_bias_scaling == "before" else bias_HN
+        if self.config.position_embedding_type == "alibi":
+            heads, length = self.config.num_attention_heads, context.past + context.shape[1]
+            return context.once(("alibi", heads), lambda: alibi_bias(heads, length, dtype, context.device))
+        return None
+
+
+def head_groups(config: MMaDAConfig, kind: str, state_name: str) -> list[HeadGroup]:
+    """All heads as one group, or those of a ``multiscale`` layer in equal parts with a window each."""
+    if kind != "multiscale":
+        window = config.sliding_window if kind == "window" else None
+        return [HeadGroup(slice(None), slice(None), window, state_name)]
+    count = len(config.window_sizes)
+    heads, kv_heads = config.num_attention_heads // count, config.num_key_value_heads // count
+    return [
+        HeadGroup(
+            heads=slice(index * heads, (index + 1) * heads),
+            kv_heads=slice(index * kv_heads, (index + 1) * kv_heads),
+            window=None if window == -1 else window,
+            state_name=f"{state_name}.{index}",
+        )
+        for index, window in enumerate(config.window_sizes)
+    ]
+
+
+def block_pattern(config: MMaDAConfig, layer_idx: int) -> BlockPattern:
+    return BlockPattern(
+        size=config.sparse_block_size,
+        num_window=config.sparse_window_blocks,
+        num_global=config.sparse_global_blocks,
+        num_random=config.sparse_random_blocks,
+        layer_idx=layer_idx,
+    )
+
+
+def join_weights(weights: list[Tensor], first_columns: list[int]) -> Tensor:
+    """Weights of several groups (B, H, T, S) side by side; keys that a group has forgotten weigh 0 in it."""
+    begin = min(first_columns)
+    parts = [
+        nn.functional.pad(part, (first - begin, 0)) if first > begin else part
+        for part, first in zip(weights, first_columns, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -8,11 +8,12 @@ from functools import partial
 from torch import nn
 
 from mmada.config import MMaDAConfig
+from mmada.config_parts import ATTENTION_KINDS
 from mmada.nn.mixers.attention import Attention
 from mmada.nn.mixers.ssm import SSM
 
 MIXERS: dict[str, Callable[[MMaDAConfig, int], nn.Module]] = {
-    "attention": partial(Attention, kind="attention"),
+    **{kind: partial(Attention, kind=kind) for kind in ATTENTION_KINDS},
     "ssm": SSM,
 }
 
