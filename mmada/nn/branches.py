@@ -10,6 +10,7 @@ the branch; rotary angles stay those of the positions in the row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,31 +101,31 @@ class BranchState:
         self.past_B, self._recorded = None, []
 
 
-Branch = Callable[[Tensor, Context, BranchState | None], Tensor]
+Mixer = Callable[[Tensor, Context, Any], tuple[Tensor, Tensor | None]]
 
 
 def run_branch(
-    branch: Branch,
+    mixer: Mixer,
     hidden_BTD: Tensor,
     takes_BT: Tensor,
     context: Context,
     state: BranchState | None = None,
     always: bool = False,
 ) -> Tensor:
-    """``branch(hidden, context, state)`` of the tokens that it takes, (B, T, D), 0 for all others.
+    """``mixer(hidden, context, state)`` over the tokens that the branch takes, (B, T, D), 0 for all others.
 
-    ``takes_BT``: real tokens only. Where it is False everywhere the branch is not called at all, or with ``always``
+    ``takes_BT``: real tokens only. Where it is False everywhere the mixer is not called at all, or with ``always``
     on one column, whose output and gradients are 0.
     """
     inside, order_BR = branch_context(context, takes_BT, state)
     if order_BR.shape[1] > 0:
-        output_BRD = branch(take_columns(hidden_BTD, order_BR), inside, state)
+        output_BRD, _ = mixer(take_columns(hidden_BTD, order_BR), inside, state)
     if state is not None:
         state.advance(takes_BT, context)
     if order_BR.shape[1] == 0:
         if not always:
             return torch.zeros_like(hidden_BTD)
-        output_BRD = branch(hidden_BTD[:, :1], first_column(context), None)
+        output_BRD, _ = mixer(hidden_BTD[:, :1], first_column(context), None)
     came_BT = takes_BT.cumsum(dim=1)
     back_BTD = take_columns(output_BRD, (came_BT - 1).clamp(min=0))
     return torch.where(takes_BT[..., None], back_BTD, 0.0)

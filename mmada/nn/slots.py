@@ -48,7 +48,7 @@ class Commands(NamedTuple):
 
 
 @dataclass
-class Chunks:
+class ChunkColumns:
     """Which chunk every token is of.
 
     ``position_BT``: the token's number in its sequence. ``valid_BT``: False where there is no token.
@@ -63,7 +63,7 @@ class Chunks:
     num_columns: int
 
     @classmethod
-    def of(cls, context: Context, chunk_size: int) -> Chunks:
+    def of(cls, context: Context, chunk_size: int) -> ChunkColumns:
         """The chunks of a forward pass; documents count their tokens each for itself."""
         batch, length = context.shape
         index_T = torch.arange(length, device=context.device)
@@ -134,7 +134,7 @@ def write_weights(commands: Commands, state: State, rank_BT: Tensor, valid_BT: T
 
 
 def slot_memory_reference(
-    commands: Commands, chunks: Chunks, initial_ND: Tensor, state: State
+    commands: Commands, chunks: ChunkColumns, initial_ND: Tensor, state: State
 ) -> tuple[Tensor, Tensor, State]:
     """Token by token. Returns what is read (B, T, D), the weights of reading (B, T, N) and the new state."""
     reads, weights = [], []
@@ -153,7 +153,9 @@ def slot_memory_reference(
     return torch.cat(reads, dim=1), torch.cat(weights, dim=1), state
 
 
-def slot_memory(commands: Commands, chunks: Chunks, initial_ND: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+def slot_memory(
+    commands: Commands, chunks: ChunkColumns, initial_ND: Tensor, state: State
+) -> tuple[Tensor, Tensor, State]:
     """As ``slot_memory_reference``, the tokens of a chunk at once."""
     size = chunks.chunk_size
     spread = [None if part is None else chunks.arrange(part) for part in commands]
@@ -259,8 +261,9 @@ class SlotMemory(nn.Module):
         )
         if state is None:
             state = initial_state(initial_ND, hidden_BTD.shape[0], with_usage=allocation_BT1 is not None)
-        chunks = context.once(("slots", self.chunk_size), lambda: Chunks.of(context, self.chunk_size))
-        read_BTD, weights_BTN, state = slot_memory(commands, chunks, initial_ND, state)
+        chunks = context.once(("slots", self.chunk_size), lambda: ChunkColumns.of(context, self.chunk_size))
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            read_BTD, weights_BTN, state = slot_memory(commands, chunks, initial_ND, state)
         observe(self, context.valid_BT(), read_weights=weights_BTN)
         if self.training and chunks.num_columns <= self.chunk_size:
             # Nobody reads what a first chunk writes; the projections still get their (zero) gradients, as on workers

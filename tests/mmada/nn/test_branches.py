@@ -27,7 +27,7 @@ class Inside(torch.nn.Module):
 
     def forward(self, hidden, context, cache):
         self.calls += 1
-        return self.attention(hidden, context, cache)[0] + self.memory(hidden, context, cache)
+        return self.attention(hidden, context, cache)[0] + self.memory(hidden, context, cache), None
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def alone(inside, hidden_TD, takes_T, numbers_T=None):
     context.rotary = tuple(each[:, numbers_T[takes_T]] for each in whole.rotary)
     output = torch.zeros_like(hidden_TD)
     if takes_T.any():
-        output[takes_T] = inside(hidden_TD[takes_T][None], context, None)[0]
+        output[takes_T] = inside(hidden_TD[takes_T][None], context, None)[0][0]
     return output
 
 
@@ -124,17 +124,21 @@ def test_crop_takes_back_what_came_of_the_removed_tokens(inside, removed):
     cache.crop(0)
     run(inside, hidden[:, 6:12], takes[:, 6:12], cache=cache, lengths=[6, 3, 5])
     run(inside, hidden[:, 12:15], takes[:, 12:15], cache=cache)
-    columns = [list(range(15)), [*range(9), 12, 13, 14], [*range(11), 12, 13, 14]]
+    rows = [[column for column in each if column < 15 - removed] for each in (
+        list(range(15)), [*range(9), 12, 13, 14], [*range(11), 12, 13, 14])]  # fmt: skip
+    fed = [(hidden[row, kept], takes[row, kept]) for row, kept in enumerate(rows)]
     cache.crop(-removed)
-    columns = [[column for column in each if column < 15 - removed] for each in columns]
-    order = torch.tensor([2, 0, 1])
-    cache.reorder_cache(order)
-    output = run(inside, hidden[:, 20:25], takes[:, 20:25], cache=cache)
-    for row, old in enumerate(order.tolist()):
-        kept = columns[old]
-        row_hidden = torch.cat([hidden[old, kept], hidden[row, 20:25]])
-        row_takes = torch.cat([takes[old, kept], takes[row, 20:25]])
-        assert_close(output[row], alone(inside, row_hidden, row_takes)[-5:], **EXACT)
+    for order, begin, taken_back in (([2, 0, 1], 20, 3), ([1, 1, 2], 24, 0)):
+        new = slice(begin, begin + 5)
+        output = run(inside, hidden[:, new], takes[:, new], cache=cache)
+        for row in range(3):
+            fed[row] = tuple(
+                torch.cat([old, each[row, new]]) for old, each in zip(fed[row], (hidden, takes), strict=True)
+            )
+            assert_close(output[row], alone(inside, *fed[row])[-5:], **EXACT)
+        cache.reorder_cache(torch.tensor(order))
+        cache.crop(-taken_back)
+        fed = [tuple(each[: len(each) - taken_back] for each in fed[row]) for row in order]
 
 
 def test_crop_is_refused_where_nothing_was_recorded(inside):

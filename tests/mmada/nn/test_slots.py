@@ -9,7 +9,15 @@ from torch.testing import assert_close
 from mmada.config import MMaDAConfig
 from mmada.nn.cache import MMaDACache
 from mmada.nn.observing import collect_statistics
-from mmada.nn.slots import Chunks, Commands, SlotMemory, WriteChunk, initial_state, slot_memory, slot_memory_reference
+from mmada.nn.slots import (
+    ChunkColumns,
+    Commands,
+    SlotMemory,
+    WriteChunk,
+    initial_state,
+    slot_memory,
+    slot_memory_reference,
+)
 from tests.mmada.nn.layers import make_context
 
 WIDTH = 12
@@ -56,7 +64,7 @@ def test_a_chunk_reads_what_the_chunks_before_it_wrote_in_order():
     """Two numbers by hand: one slot, so every weight is 1, and width 1."""
     commands = Commands(*(torch.tensor(x, dtype=torch.float64).view(1, 4, 1) for x in (
         [0.0] * 4, [0.0] * 4, [0.5, 0.25, 0.0, 1.0], [1.0, 2.0, 3.0, 4.0])), None)  # fmt: skip
-    chunks = Chunks(2, torch.arange(4)[None], torch.ones(1, 4, dtype=torch.bool), None, 4)
+    chunks = ChunkColumns(2, torch.arange(4)[None], torch.ones(1, 4, dtype=torch.bool), None, 4)
     initial = torch.tensor([[8.0]], dtype=torch.float64)
     reads, _, state = slot_memory(commands, chunks, initial, initial_state(initial, 1, False))
     # 8 → 8·½ + 1 = 5 → 5·¾ + 2 = 5.75 → 5.75 + 3 = 8.75 → 8.75·0 + 4 = 4
@@ -69,7 +77,7 @@ def test_allocation_takes_the_slots_used_least_one_after_the_other():
     zeros = torch.zeros(1, 6, 1, dtype=torch.float64)
     add = torch.arange(1.0, 7.0, dtype=torch.float64).view(1, 6, 1)
     commands = Commands(zeros, zeros, zeros + 1, add, zeros + 1)
-    chunks = Chunks(3, torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool), None, 6)
+    chunks = ChunkColumns(3, torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool), None, 6)
     initial = torch.zeros(4, 1, dtype=torch.float64)
     _, _, state = slot_memory(commands, chunks, initial, initial_state(initial, 1, True))
     assert state["slots"].flatten().tolist() == [5.0, 6.0, 3.0, 4.0]
@@ -89,7 +97,7 @@ def test_fast_equals_reference_by_value_and_gradient(length, allocation, rows):
     if rows == "documents":
         documents = torch.arange(length).div(17, rounding_mode="floor").repeat(3, 1)
     context = make_context(config, 3, length, cache=cache, lengths=lengths, documents=documents)
-    chunks = Chunks.of(context, 4)
+    chunks = ChunkColumns.of(context, 4)
     past = cache.layers[0].recurrent("slots").state if cache else initial_state(memory.slots, 3, allocation)
     past = {name: tensor.detach().clone() for name, tensor in past.items()}
     results = []
