@@ -37,6 +37,31 @@ def z_loss(logits_TE: Tensor) -> Tensor:
     return logits_TE.logsumexp(dim=-1).square().mean()
 
 
+def squared_coefficient_of_variation(values_E: Tensor) -> Tensor:
+    """Variance over squared mean, a scalar; 0 where all are equal. CV² of Shazeer et al. 2017, arXiv:1701.06538."""
+    return values_E.var(correction=0) / values_E.mean().square()
+
+
+def importance(weights_TK: Tensor, index_TK: Tensor, num_experts: int) -> Tensor:
+    """Σ over tokens of the weight that each expert got, (E,) (arXiv:1701.06538, eq. 6)."""
+    return weights_TK.new_zeros(num_experts).index_add(0, index_TK.flatten(), weights_TK.flatten())
+
+
+def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, spread_TE: Tensor, top_k: int) -> Tensor:
+    """How many tokens each expert would get if its own noise were drawn anew, (E,) (arXiv:1701.06538, eqs. 8 to 10).
+
+    Load_e = Σ_t Φ((clean_te - the top_k-th greatest noisy logit of the others) / spread_te); unlike a count it has
+    gradients. ``spread_TE`` is the noise's standard deviation, which must be positive.
+    """
+    num_experts = clean_TE.shape[-1]
+    if top_k >= num_experts:
+        return clean_TE.new_full((num_experts,), clean_TE.shape[0])
+    best = noisy_TE.topk(top_k + 1, dim=-1).values
+    last_in, first_out = best[:, top_k - 1, None], best[:, top_k, None]
+    threshold_TE = torch.where(noisy_TE >= last_in, first_out, last_in)
+    return torch.special.ndtr((clean_TE - threshold_TE) / spread_TE).sum(dim=0)
+
+
 def router_losses(
     layer_logits_TE: list[Tensor],
     top_k: int,

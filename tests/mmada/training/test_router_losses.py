@@ -6,7 +6,15 @@ from torch.testing import assert_close
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
-from mmada.training.objectives.router import balance_loss, expert_load, router_losses, z_loss
+from mmada.training.objectives.router import (
+    balance_loss,
+    expert_load,
+    importance,
+    router_losses,
+    smooth_load,
+    squared_coefficient_of_variation,
+    z_loss,
+)
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 100])
@@ -43,6 +51,38 @@ def test_golden_values():
     assert_close(balance_loss(probabilities.log(), load, 4).item(), 1.05, rtol=0, atol=1e-6)
     logits = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     assert_close(z_loss(logits).item(), 3.501758, rtol=0, atol=1e-6)
+    assert_close(squared_coefficient_of_variation(torch.tensor([0.5, 0.25, 0.25])).item(), 0.125, rtol=0, atol=1e-6)
+    clean = torch.tensor([[0.5, 0.2, -0.1]], dtype=torch.float64)
+    noisy = torch.tensor([[0.6, 0.1, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([0.908789, 0.091211, 0.009815], dtype=torch.float64)
+    assert_close(smooth_load(clean, noisy, torch.full_like(clean, 0.3), 1), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_smooth_load_is_the_chance_of_being_chosen_when_the_own_noise_is_drawn_anew(top_k):
+    torch.manual_seed(top_k)
+    clean, spread = torch.randn(3, 5, dtype=torch.float64), torch.rand(3, 5, dtype=torch.float64) + 0.2
+    noisy = clean + spread * torch.randn_like(clean)
+    chances = torch.zeros(5, dtype=torch.float64)
+    for token in range(3):
+        for expert in range(5):
+            own = clean[token, expert] + spread[token, expert] * torch.randn(40_000, dtype=torch.float64)
+            others = torch.cat([noisy[token, :expert], noisy[token, expert + 1 :]])
+            chances[expert] += (own > others.sort(descending=True).values[top_k - 1]).double().mean()
+    assert_close(smooth_load(clean, noisy, spread, top_k), chances, rtol=0, atol=0.02)
+    assert smooth_load(clean, noisy, spread, 5).tolist() == [3.0] * 5
+
+
+def test_smooth_load_teaches_logits_and_spread():
+    clean, spread = torch.randn(6, 4, dtype=torch.float64), torch.rand(6, 4, dtype=torch.float64) + 0.2
+    noise = torch.randn_like(clean)
+    inputs = clean.requires_grad_(), spread.requires_grad_()
+    assert torch.autograd.gradcheck(lambda c, s: smooth_load(c, c + s * noise, s, 2), inputs)
+
+
+def test_importance_adds_up_the_weights():
+    weights = torch.tensor([[0.7, 0.3], [0.6, 0.4]])
+    assert_close(importance(weights, torch.tensor([[0, 2], [2, 1]]), 4), torch.tensor([0.7, 0.4, 0.9, 0.0]))
 
 
 def test_a_balanced_router_costs_k():
