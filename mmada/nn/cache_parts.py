@@ -37,9 +37,13 @@ class KeyValues:
         self.values: Tensor | None = None
         self.offset = 0
         self.recording = False
+        self._settled: int | None = None  # tokens of the shortest row that a crop has left, while recording
 
     def append(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, int]:
         """Add (B, G, T, K) each. Returns all that this forward pass may look at, and the number of its column 0."""
+        if self._settled is not None:
+            self._trim(self._settled)
+            self._settled = None
         keys, values = self._joined(self.keys, key, context), self._joined(self.values, value, context)
         offset = self.offset
         self.keys, self.values = keys, values
@@ -85,7 +89,7 @@ class KeyValues:
         if self.keys is not None:
             shortest, longest = count_range(totals)
             self.keys, self.values = (kept[:, :, : longest - self.offset] for kept in (self.keys, self.values))
-            self._trim(shortest)
+            self._settled = shortest  # trimmed when more comes: until then a crop may go further back
 
     def tensors(self) -> list[Tensor]:
         return [] if self.keys is None else [self.keys, self.values]
@@ -95,7 +99,7 @@ class KeyValues:
             self.keys, self.values = change(self.keys), change(self.values)
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = self._settled = None
         self.offset = 0
 
 

@@ -81,7 +81,12 @@ class TestKeyValues:
         part.append(numbered(1, 4, 3), numbered(1, 4, 3), context_of(1, 3, past=4))
         assert part.keys.flatten().tolist() == [2, 3, 4, 5, 6]
         part.crop(totals=5, removed=2)
-        assert part.keys.flatten().tolist() == [3, 4]
+        part.crop(totals=4, removed=1)
+        keys, _, offset = part.append(numbered(1, 4, 1), numbered(1, 4, 1), context_of(1, 1, past=4))
+        assert (keys.flatten().tolist(), offset) == ([2, 3, 4], 2)
+        part.crop(totals=5, removed=0)
+        keys, _, offset = part.append(numbered(1, 5, 1), numbered(1, 5, 1), context_of(1, 1, past=5))
+        assert (keys.flatten().tolist(), offset) == ([3, 4, 5], 3)  # the window has moved on
 
     @pytest.mark.parametrize("recording", [False, True])
     def test_what_a_window_let_go_cannot_come_back(self, recording):

@@ -14,8 +14,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorForLanguageModeling,
     DynamicCache,
     GenerationConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -24,9 +28,19 @@ from transformers.utils import logging as transformers_logging
 from mmada.model import MMaDAForCausalLM, MMaDAModel
 from mmada.nn.cache import MMaDACache
 from mmada.tokenizer import ByteTokenizer
-from tests.mmada.mixtures import every_mixture, make_mixture, random_ids
+from tests.mmada.mixtures import MIXTURES, every_mixture, make_mixture, random_ids
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-9}
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 9}
 
 
@@ -105,6 +119,32 @@ class TestGenerate:
         assert_close(model(inputs_embeds=embeddings).logits, model(tokens).logits, **CLOSE)
         new = model.generate(inputs_embeds=embeddings, **GREEDY)
         assert torch.equal(new, model.generate(tokens, **GREEDY)[:, 6:])
+
+    def test_hands_out_states_and_weights_of_every_step(self, name):
+        """With a padded batch; a step's hidden states are those of the whole text."""
+        model, tokens = make_mixture(name, attention="eager"), random_ids(2, 6)
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+        output = model.generate(tokens, attention_mask=mask, return_dict_in_generate=True, output_scores=True,
+                                output_hidden_states=True, output_attentions=True, **GREEDY)  # fmt: skip
+        assert len(output.scores) == len(output.hidden_states) == len(output.attentions) == 9
+        assert isinstance(output.past_key_values, MMaDACache)
+        mask = torch.nn.functional.pad(mask, (0, 8), value=1)
+        whole = model(output.sequences[:, :-1], attention_mask=mask, output_hidden_states=True)
+        for layer, expected in enumerate(whole.hidden_states):
+            steps = torch.cat([step[layer][:, -1:] for step in output.hidden_states], dim=1)
+            assert_close(steps, expected[:, 5:], **CLOSE)
+        assert_close(torch.stack(output.scores, dim=1), whole.logits[:, 5:].float(), check_dtype=False)
+
+    def test_under_autocast(self, name):
+        model, tokens = make_mixture(name, torch.float32), random_ids(2, 12)
+        expected = model(tokens).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(tokens, labels=tokens)
+            assert model.generate(tokens, **GREEDY).shape == (2, 21)
+        error = (output.logits.float() - expected).pow(2).mean().sqrt() / expected.std()
+        assert output.logits.dtype == torch.bfloat16 and error < 0.1
+        output.loss.backward()
+        assert all(p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all()) for p in model.parameters())
 
     def test_says_nothing_that_was_not_asked(self, name, caplog, capsys, monkeypatch):
         """No warning, no log line, no print for ordinary calls; what is streamed is what is returned."""
@@ -185,15 +225,22 @@ class TestSaving:
         assert loaded(tokens).logits.shape[-1] == 270 and torch.equal(loaded(tokens).logits, model(tokens).logits)
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tie
 
-    def test_a_fresh_model_loads_without_a_word_about_its_keys(self, name, tmp_path):
+    def test_a_saved_model_loads_without_a_word(self, name, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
         model = make_mixture(name, torch.float32)
-        model.save_pretrained(tmp_path)
-        _, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-        assert not any(report.values()), report
+        with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+            warnings.simplefilter("error")
+            model.save_pretrained(tmp_path)
+            _, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values()) and caplog.records == []
 
     def test_casts_and_copies(self, name):
         model, tokens = make_mixture(name, torch.float32), random_ids(1, 9)
         expected = model(tokens).logits
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(tokens).logits, expected)
         twin = copy.deepcopy(model)
         with torch.no_grad():
             for parameter in twin.parameters():
@@ -297,6 +344,29 @@ def test_pipeline_with_the_byte_tokenizer(name, tmp_path):
         ids = ByteTokenizer()(prompt, return_tensors="pt").input_ids
         new = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
         assert answer["generated_text"] == prompt + ByteTokenizer().decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["experts", MIXTURES[-1]])
+def test_trainer_trains_saves_and_resumes(name, tmp_path):
+    """transformers' Trainer with gradient checkpointing and rows of different lengths, padded by its collator."""
+    rows = [{"input_ids": random_ids(1, 4 + i, seed=i)[0].tolist()} for i in range(8)]
+    collator = DataCollatorForLanguageModeling(ByteTokenizer(), mlm=False)
+    finished = []
+    for steps in ((4,), (2, 4)):
+        model = make_mixture(name, torch.float32, router_noise=False)
+        for step in steps:
+            folder = tmp_path / str(len(steps))
+            arguments = TrainingArguments(folder, max_steps=4, per_device_train_batch_size=2, save_steps=2, seed=1,
+                                          report_to=[], activation_checkpointing=True, disable_tqdm=True, use_cpu=True,
+                                          learning_rate=1e-3, logging_steps=1, dataloader_num_workers=0)  # fmt: skip
+            trainer = Trainer(model, arguments, data_collator=collator, train_dataset=rows)
+            if step == 2:
+                trainer.add_callback(StopAfter(2))
+            trainer.train(resume_from_checkpoint=step == 4 and len(steps) == 2)
+        finished.append(model.state_dict())
+    assert_close(finished[1], finished[0], rtol=1e-5, atol=1e-6)
+    start = make_mixture(name, torch.float32, router_noise=False).lm_head.weight
+    assert (finished[0]["lm_head.weight"] - start).abs().max() > 1e-3
 
 
 class TestRefusals:
