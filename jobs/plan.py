@@ -215,15 +215,20 @@ def feed_forward_bytes(recipe: Recipe, config: MMaDAConfig, kind: str) -> int:
 
     Dense: gate, its SiLU, up and their product, 4F. Experts: for each of the k chosen, gate and up (2M) and the
     output (D), all else being computed anew; where grouped matmul runs or tokens travel between workers, the SiLU, the
-    product (2M more) and the gathered input (D more) are kept too. The router keeps about 5E in 32 bits.
+    product (2M more) and the gathered input (D more) are kept too. Attention among them: the input, the output, its
+    norm, query, key, value, what is mixed and the sum, 8D for each chosen. S shared experts: 4SM. The router keeps
+    about 5E in 32 bits.
     """
     width = BYTES[recipe.train.precision]
     if kind == "dense":
         return width * 4 * config.intermediate_size
     frugal = recipe.cluster.gpus_per_worker == 0 and recipe.cluster.expert_parallel == 1
     per_expert = (2 if frugal else 4) * config.moe_intermediate_size + (1 if frugal else 2) * config.hidden_size
+    if config.cross_expert_attention:
+        per_expert += 8 * config.hidden_size
+    shared = width * 4 * config.num_shared_experts * config.moe_intermediate_size
     router = 4 * 5 * config.num_experts + (4 * 2 * config.hidden_size if width < 4 else 0)
-    return width * config.num_experts_per_tok * per_expert + router
+    return width * config.num_experts_per_tok * per_expert + shared + router
 
 
 def batch_arithmetic(recipe: Recipe, train_tokens: int | None) -> BatchArithmetic:

@@ -134,6 +134,9 @@ def bytes_kept_by_autograd(recipe: Recipe, checkpointing: bool) -> int:
         ["train.precision=bf16", "model.attn_implementation=eager"],
         ["model.vocab_size=5000"],
         ["train.sequence_length=64", "model.num_experts_per_tok=4"],
+        ["model.num_shared_experts=2", "model.hidden_act=gelu_pytorch_tanh"],
+        ["model.cross_expert_attention=true"],
+        ["model.cross_expert_attention=true", "model.router_normalizer=sparsemax", "train.precision=bf16"],
     ],
     ids=lambda overrides: " ".join(overrides) or "as it is",
 )

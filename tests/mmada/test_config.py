@@ -18,6 +18,12 @@ from mmada.presets import build_config
         ({"head_dim": 7}, "head_dim=7 is odd"),
         ({"router_balance_scope": "layer"}, "router_balance_scope='layer' is unknown; use 'batch' or 'sequence'"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0 is negative; use 0"),
+        ({"num_shared_experts": -1}, "num_shared_experts=-1 is negative; use 0"),
+        (
+            {"cross_expert_attention": True, "cross_expert_heads": 5},
+            "cross_expert_heads=5 does not divide hidden_size=64; use one of [1, 2, 4, 8, 16, 32, 64]",
+        ),
+        ({"token_mask_probability": 1.0}, "token_mask_probability=1.0 is not in [0, 1); use 0"),
         ({"attention_dropout": 1.5}, "attention_dropout=1.5 is not in [0, 1)"),
         ({"hidden_sise": 64}, "hidden_sise is not a field of the model"),
         ({"hidden_size": "wide"}, "hidden_size"),

@@ -9,8 +9,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from mmada.config import MMaDAConfig
-from mmada.model import MMaDAModel
+from mmada.model import MMaDAForCausalLM, MMaDAModel, count_parameters
 from mmada.nn.moe import MoE
+from mmada.presets import build_config
 from tests.mmada.nn.layers import make_context
 
 D, F, E, K = 24, 40, 6, 2
@@ -110,3 +111,26 @@ def test_shared_experts_equal_deepseeks_by_value_and_gradient(num_shared):
         assert_close(mine[name].grad, parameter.grad, rtol=1e-6, atol=1e-9)
     for ours, oracle in zip(*results, strict=True):
         assert_close(ours, oracle, rtol=1e-4, atol=1e-5)  # their router takes the softmax in float32
+
+
+def test_active_parameters_leave_out_the_idle_experts_and_nothing_else():
+    """debug: width 64, one expert layer, 2 of 4 experts of width 64; shared experts and their attention always run."""
+    plain = count_parameters(build_config("debug"))
+    total, active = count_parameters(build_config("debug", num_shared_experts=3, cross_expert_attention=True))
+    added = 3 * 3 * 64 * 64 + 4 * 64 * 64 + 2 * 64
+    assert (total - plain[0], active - plain[1]) == (added, added)
+    assert total - active == 2 * 3 * 64 * 64
+
+
+def test_what_stands_beside_the_experts_is_saved_and_loaded(tmp_path):
+    """Zero projections and other starting values must not come over what was learned."""
+    torch.manual_seed(0)
+    config = build_config(
+        "debug", num_shared_experts=1, cross_expert_attention=True, token_mask_probability=0.1, initializer_range=0.2
+    )
+    model = MMaDAForCausalLM(config).eval()
+    torch.nn.init.normal_(model.model.layers[1].cross_experts.o_proj.weight, std=0.2)
+    model.save_pretrained(tmp_path)
+    loaded, tokens = MMaDAForCausalLM.from_pretrained(tmp_path), torch.arange(8, 20)[None]
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert torch.equal(loaded.model.input_noise.mask_embedding, model.model.input_noise.mask_embedding)
