@@ -220,6 +220,11 @@ class MMaDAConfig(PreTrainedConfig):
         return [name for name, used in in_use.items() if used]
 
     @property
+    def embedding_size(self) -> int:
+        """Width of token embeddings and of what the head reads: that of a byte where bytes are grouped into patches."""
+        return self.hidden_size if self.patches.mode == "none" else self.patches.local_size
+
+    @property
     def moe_layers(self) -> list[int]:
         """Indices of the layers whose feed-forward is a mixture of experts."""
         return [index for index, kind in enumerate(self.mlp_layer_types or []) if kind == "moe"]

@@ -26,6 +26,7 @@ from mmada.nn.context import Context, front_order, take_columns
 from mmada.nn.experts import Experts
 from mmada.nn.mixers.attention import Attention
 from mmada.nn.padding import packed_documents, restore_columns, spread_keys, valid_columns
+from mmada.nn.patches.byte_patches import BytePatches
 from mmada.nn.positions import rotary_cos_sin
 from mmada.nn.robustness import InputNoise
 from mmada.nn.router import RouterTap, mix64, selection_bias_of
@@ -35,11 +36,15 @@ from mmada.training.objectives.router import router_losses
 
 @dataclass
 class MMaDAOutput(MoeCausalLMOutputWithPast):
-    """``loss`` is what training minimises; the parts beside it are detached and for reading."""
+    """``loss`` is what training minimises; the parts beside it are detached and for reading.
+
+    ``num_patches`` (B,): patches of bytes that this forward pass finished, which the states inside are over.
+    """
 
     lm_loss: Tensor | None = None
     z_loss: Tensor | None = None
     expert_load: Tensor | None = None
+    num_patches: Tensor | None = None
 
 
 class MMaDAPreTrainedModel(PreTrainedModel):
@@ -82,11 +87,13 @@ class MMaDAModel(MMaDAPreTrainedModel):
 
     def __init__(self, config: MMaDAConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
+        self.patches = None if config.patches.mode == "none" else BytePatches(config, entropy_model_of(config))
         is_noisy = config.embedding_dropout or config.token_mask_probability
         self.input_noise = InputNoise(config) if is_noisy else None
         self.layers = nn.ModuleList([Block(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # Patches are normed where bytes read them, and bytes by the decoder.
+        self.norm = nn.Identity() if self.patches else nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -103,17 +110,22 @@ class MMaDAModel(MMaDAPreTrainedModel):
         sample_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """(B, T) ids or (B, T, D) embeddings to (B, T, D).
+        """(B, T) ids or (B, T, D) embeddings to (B, T, D), D being ``config.embedding_size``.
 
         ``attention_mask`` (B, T) or (B, past + T) is 0 for padding, which may stand anywhere in a row.
         ``position_ids`` that start again inside a row mark packed documents, which do not see each other.
         ``sample_ids`` (B,), int64, names the rows in the whole run; the noise of training (on the router's logits, on
         the embeddings) is a function of it. Without it the noise is drawn from torch's generator.
-        Raises ValueError unless exactly one of ``input_ids`` and ``inputs_embeds`` is given, and for a cache or a
-        mask of another kind.
+        With byte patches hidden states, attentions and router logits are over patches: see ``PatchedOutput``.
+        Raises ValueError unless exactly one of ``input_ids`` and ``inputs_embeds`` is given (with byte patches the
+        ids), and for a cache or a mask of another kind.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if self.patches is not None and input_ids is None:
+            raise ValueError(
+                f"inputs_embeds cannot be grouped by patches.mode={self.config.patches.mode}; give input_ids"
+            )
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if 0 in hidden.shape[:2]:
             raise ValueError(f"the input has the shape {tuple(hidden.shape[:2])}; give at least one row and one token")
@@ -123,16 +135,24 @@ class MMaDAModel(MMaDAPreTrainedModel):
         context = self._context(hidden, position_ids, valid_BT, order_BT, cache)
         if order_BT is not None:
             hidden = take_columns(hidden, order_BT)
-        noise_keys_T = self._noise_keys(hidden, sample_ids)
-        if self.input_noise is not None:
-            hidden = self.input_noise(hidden, noise_keys_T)
-        outputs = self._blocks(hidden, context, noise_keys_T, cache, return_dict=True, **kwargs)
+
+        def run_stack(states: Tensor, context: Context, cache: MMaDACache | None) -> MoeModelOutputWithPast:
+            noise_keys_T = self._noise_keys(states, sample_ids)
+            if self.input_noise is not None:
+                states = self.input_noise(states, noise_keys_T)
+            return self._blocks(states, context, noise_keys_T, cache, return_dict=True, **kwargs)
+
+        if self.patches is None:
+            outputs = run_stack(hidden, context, cache)
+        else:
+            ids_BT = input_ids if order_BT is None or input_ids is None else take_columns(input_ids, order_BT)
+            outputs = self.patches(ids_BT, hidden, context, cache, run_stack)
         if cache is not None:
             cache.advance(hidden.shape[1], valid_BT)
         if order_BT is not None:
             restore_columns(outputs, order_BT.argsort(dim=1))
         valid_BS = valid_BT if cache is None else cache.valid_BS
-        if outputs.attentions is not None and valid_BS is not None:
+        if outputs.attentions is not None and valid_BS is not None and self.patches is None:
             outputs.attentions = tuple(spread_keys(weights, valid_BS) for weights in outputs.attentions)
         outputs.past_key_values = cache
         return outputs
@@ -172,8 +192,9 @@ class MMaDAModel(MMaDAPreTrainedModel):
         )
         if are_given and past == 0:
             context.documents_BT = packed_documents(position_ids, context.valid_BT())
-        if self.config.position_embedding_type == "rope":
-            context.rotary = rotary_cos_sin(self.config, position_ids, hidden_BTD.dtype)
+        config = self.config if self.patches is None else self.patches.local_config
+        if config.position_embedding_type == "rope":
+            context.rotary = rotary_cos_sin(config, position_ids, hidden_BTD.dtype)
         return context
 
     @capture_outputs
@@ -217,6 +238,12 @@ def checked_cache(past_key_values: Any) -> MMaDACache:
     return past_key_values
 
 
+def entropy_model_of(config: MMaDAConfig) -> MMaDAForCausalLM | None:
+    """The small model of bytes that sets patch boundaries, where the rule asks one."""
+    patches = config.patches
+    return MMaDAForCausalLM(MMaDAConfig(**patches.entropy_model)) if patches.needs_entropy_model else None
+
+
 class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
     """The language model: hidden states to logits, and the loss that training minimises."""
 
@@ -226,7 +253,7 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MMaDAModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         # Sums a tensor of counts over all workers; set by whoever trains on several.
         self.reduce_load: Callable[[Tensor], Tensor] | None = None
         self.post_init()
@@ -262,7 +289,8 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        hidden, num_patches = outputs.last_hidden_state, getattr(outputs, "num_patches", None)
+        logits = self.lm_head(hidden[:, kept])
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
         result = MMaDAOutput(
@@ -271,6 +299,7 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            num_patches=num_patches,
         )
         if labels is None and shift_labels is None:
             return result
@@ -283,7 +312,7 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
         )
         result.loss, result.lm_loss = lm_loss, lm_loss.detach()
         if self.training and outputs.router_logits:
-            self._add_router_losses(result, num_sequences=logits.shape[0])
+            self._add_router_losses(result, hidden.shape[1] if num_patches is None else num_patches.tolist())
         return result
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
@@ -301,13 +330,13 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
-    def _add_router_losses(self, result: MMaDAOutput, num_sequences: int) -> None:
+    def _add_router_losses(self, result: MMaDAOutput, sequence_lengths: int | list[int]) -> None:
         blocks = [self.model.layers[index] for index in self.config.moe_layers]
         balance, z, result.expert_load = router_losses(
             list(result.router_logits),
             self.config.num_experts_per_tok,
             [selection_bias_of(block.mlp) for block in blocks],
-            num_sequences,
+            sequence_lengths,
             self.config.router_balance_scope,
             self.reduce_load,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mmada.nn.context import take_columns
+from mmada.nn.patches.byte_patches import PatchedOutput
 
 
 def valid_columns(attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -42,6 +43,8 @@ def restore_columns(outputs: MoeModelOutputWithPast, order_BT: Tensor) -> None:
     """Put the tokens of everything in ``outputs`` back where the caller had them, given the order that does it."""
     batch, length = order_BT.shape
     outputs.last_hidden_state = take_columns(outputs.last_hidden_state, order_BT)
+    if isinstance(outputs, PatchedOutput):
+        return  # all else is over patches, which the caller does not know by columns
     if outputs.router_logits is not None:
         outputs.router_logits = tuple(
             take_columns(z.view(batch, length, -1), order_BT).flatten(0, 1) for z in outputs.router_logits

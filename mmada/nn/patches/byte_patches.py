@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mmada.config import MMaDAConfig
@@ -42,7 +43,7 @@ class PatchedOutput(MoeModelOutputWithPast):
 class BytePatches(nn.Module):
     """Everything around the stack of blocks. ``entropy_model``: a causal model of bytes; it stays as it is."""
 
-    def __init__(self, config: MMaDAConfig, entropy_model: nn.Module | None) -> None:
+    def __init__(self, config: MMaDAConfig, entropy_model: PreTrainedModel | None) -> None:
         super().__init__()
         self.config, self.local_config = config, local_config(config)
         self.encoder = ByteEncoder(config, self.local_config)
@@ -61,7 +62,9 @@ class BytePatches(nn.Module):
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
         """What transformers asks the children of a model about weights that are tied inside them."""
-        tied = {} if self.entropy_model is None else self.entropy_model.all_tied_weights_keys
+        if self.entropy_model is None:
+            return {}
+        tied: dict[str, str] = self.entropy_model.all_tied_weights_keys
         return {f"entropy_model.{own}": f"entropy_model.{other}" for own, other in tied.items()}
 
     def forward(

@@ -176,11 +176,15 @@ class PatchState:
         return kept + [each for cache in self.caches for layer in cache.layers for each in layer.tensors()]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        for part in (self.bytes, self.outputs, *self.caches):
-            part.map(change)
+        for trail in (self.bytes, self.outputs):
+            trail.map(change)
+        for cache in self.caches:
+            cache.map(change)
         self._settled_B = None if self._settled_B is None else change(self._settled_B)
 
     def reset(self) -> None:
-        for part in (self.bytes, self.outputs, *self.caches):
-            part.reset()
+        for trail in (self.bytes, self.outputs):
+            trail.reset()
+        for cache in self.caches:
+            cache.reset()
         self._settled_B = None

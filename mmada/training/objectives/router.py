@@ -66,7 +66,7 @@ def router_losses(
     layer_logits_TE: list[Tensor],
     top_k: int,
     selection_biases: list[Tensor | None],
-    num_sequences: int,
+    sequence_lengths: int | list[int],
     scope: str,
     reduce_load: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,6 +74,8 @@ def router_losses(
 
     The balance loss is taken layer by layer: pooling the layers first, as Mixtral's code does, lets one layer's
     crowd hide another's. ``reduce_load`` sums a tensor of counts over all workers; None means one worker.
+    ``sequence_lengths``: tokens of every sequence, or of each where they differ; workers with more tokens then count
+    for more, so that their mean is that over all tokens.
     """
     load_LE = torch.stack([expert_load(z, top_k, b) for z, b in zip(layer_logits_TE, selection_biases, strict=True)])
     if reduce_load is not None:
@@ -82,10 +84,15 @@ def router_losses(
         pieces = [
             balance_loss(piece, expert_load(piece, top_k, bias), piece.shape[0])
             for z, bias in zip(layer_logits_TE, selection_biases, strict=True)
-            for piece in z.chunk(num_sequences)
+            for piece in z.split(sequence_lengths)
         ]
     else:
         pieces = [
             balance_loss(z, load_E, load_E.sum() / top_k) for z, load_E in zip(layer_logits_TE, load_LE, strict=True)
         ]
-    return torch.stack(pieces).mean(), torch.stack([z_loss(z) for z in layer_logits_TE]).mean(), load_LE
+    balance, z = torch.stack(pieces).mean(), torch.stack([z_loss(z) for z in layer_logits_TE]).mean()
+    if reduce_load is not None and isinstance(sequence_lengths, list):
+        mean_tokens = load_LE[0].sum() / top_k / reduce_load(torch.ones_like(load_LE[0, :1]))[0]
+        share = layer_logits_TE[0].shape[0] / mean_tokens
+        balance, z = balance if scope == "sequence" else share * balance, share * z
+    return balance, z, load_LE

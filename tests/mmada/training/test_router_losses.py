@@ -94,12 +94,12 @@ def test_the_mean_over_workers_is_the_loss_of_the_joined_batch(scope):
     """Two workers with half of the rows each, and one with all of them: same loss, same gradient."""
     layers = [torch.randn(4 * 10, 5, dtype=torch.float64) for _ in range(3)]  # 4 sequences of 10 tokens
     joined = [z.clone().requires_grad_() for z in layers]
-    whole, _, whole_load = router_losses(joined, 2, [None] * 3, 4, scope, None)
+    whole, _, whole_load = router_losses(joined, 2, [None] * 3, 10, scope, None)
     whole.backward()
     halves, gradients = [], []
     for part in (slice(0, 20), slice(20, 40)):
         own = [z[part].clone().requires_grad_() for z in layers]
-        loss, _, load = router_losses(own, 2, [None] * 3, 2, scope, lambda counts: whole_load)
+        loss, _, load = router_losses(own, 2, [None] * 3, 10, scope, lambda counts: whole_load)
         assert torch.equal(load, whole_load)
         loss.backward()
         halves.append(loss)
@@ -109,8 +109,29 @@ def test_the_mean_over_workers_is_the_loss_of_the_joined_batch(scope):
         assert_close(torch.cat(parts), z.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_workers_whose_sequences_differ_in_length(scope):
+    """Two workers with 3 + 9 and 8 + 12 tokens: losses and gradients average to those of all of them."""
+    lengths = [[3, 9], [8, 12]]
+    layers = [torch.randn(32, 5, dtype=torch.float64) for _ in range(2)]
+    joined = [z.clone().requires_grad_() for z in layers]
+    balance, z_loss, whole_load = router_losses(joined, 2, [None] * 2, lengths[0] + lengths[1], scope, None)
+    (balance + z_loss).backward()
+    totals, gradients = [], []
+    for part, own_lengths in zip((slice(0, 12), slice(12, 32)), lengths, strict=True):
+        own = [z[part].clone().requires_grad_() for z in layers]
+        answers = iter([whole_load, torch.tensor([2.0])])
+        parts = router_losses(own, 2, [None] * 2, own_lengths, scope, lambda counts: next(answers))
+        sum(parts[:2]).backward()
+        totals.append(sum(parts[:2]))
+        gradients.append([z.grad / 2 for z in own])
+    assert_close(sum(totals) / 2, balance + z_loss, rtol=1e-9, atol=1e-12)
+    for parts, z in zip(zip(*gradients, strict=True), joined, strict=True):
+        assert_close(torch.cat(parts), z.grad, rtol=1e-9, atol=1e-12)
+
+
 def test_one_layers_crowd_is_not_hidden_by_another():
     crowd = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
-    loss, _, _ = router_losses([crowd, crowd.flip(-1)], 1, [None, None], 1, "batch", None)
+    loss, _, _ = router_losses([crowd, crowd.flip(-1)], 1, [None, None], 2, "batch", None)
     assert loss > 1.9  # pooled over the layers, as in Mixtral's code, it would be 1, the value of perfect balance
     assert load_balancing_loss_func((crowd, crowd.flip(-1)), num_experts=2, top_k=1) == pytest.approx(1.0)
