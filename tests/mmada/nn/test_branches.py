@@ -139,6 +139,8 @@ def test_crop_takes_back_what_came_of_the_removed_tokens(inside, removed):
         cache.reorder_cache(torch.tensor(order))
         cache.crop(-taken_back)
         fed = [tuple(each[: len(each) - taken_back] for each in fed[row]) for row in order]
+    with pytest.raises(ValueError, match="not recorded"):
+        cache.crop(-1)  # what was recorded is forgotten at every crop
 
 
 def test_crop_is_refused_where_nothing_was_recorded(inside):

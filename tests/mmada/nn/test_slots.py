@@ -81,6 +81,9 @@ def test_allocation_takes_the_slots_used_least_one_after_the_other():
     initial = torch.zeros(4, 1, dtype=torch.float64)
     _, _, state = slot_memory(commands, chunks, initial, initial_state(initial, 1, True))
     assert state["slots"].flatten().tolist() == [5.0, 6.0, 3.0, 4.0]
+    few = initial[:2]  # a chunk of more tokens than slots begins again: 0, 1, 0, then 1, 0, 1
+    _, _, after = slot_memory(commands, chunks, few, initial_state(few, 1, True))
+    assert after["slots"].flatten().tolist() == [5.0, 6.0]
     assert_close(state["usage"].flatten(), torch.tensor([0.95**5 + 0.95, 0.95**4 + 1, 0.95**3, 0.95**2]).double())
 
 
