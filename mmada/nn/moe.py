@@ -68,7 +68,7 @@ def run_experts(mlp: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK:
     answers what was decided here.
     """
     if not hasattr(mlp, "router"):
-        return mlp.experts(hidden_TD, index_TK, weights_TK.to(hidden_TD.dtype))
+        return mlp.get_submodule("experts")(hidden_TD, index_TK, weights_TK.to(hidden_TD.dtype))
     with _routed(mlp, index_TK, weights_TK):
         return mlp(hidden_TD[None])[0]
 

@@ -85,7 +85,7 @@ def gate_of(mlp: nn.Module) -> nn.Module:
 
 def selection_bias_of(mlp: nn.Module) -> Tensor | None:
     """The loss-free balancing bias (E,) of an expert block, wherever an engine moved it; None without one."""
-    owner = mlp.router if hasattr(mlp, "router") else mlp.gate
+    owner: Any = mlp.router if hasattr(mlp, "router") else mlp.gate
     if hasattr(owner, "get_base_layer"):  # an adapter around the gate
         owner = owner.get_base_layer()
     return getattr(owner, "e_score_correction_bias", None)

@@ -41,9 +41,10 @@ class Router(nn.Module):
     def __init__(self, gate):
         super().__init__()
         self.gate, self.top_k = gate, K
+        self.e_score_correction_bias = gate.e_score_correction_bias
 
     def forward(self, flat, expert_bias=None):
-        weights, index = choose_experts(self.gate(flat), self.top_k)
+        weights, index = choose_experts(self.gate(flat), self.top_k, selection_bias=self.e_score_correction_bias)
         return weights, index, torch.bincount(index.flatten(), minlength=E).int()
 
 
@@ -132,8 +133,9 @@ def test_survives_the_swap_of_the_expert_block(cross, normalizer):
     direction, calls = torch.randn_like(states), []
     results = []
     for swapped in (False, True):
-        block = make_block(cross_expert_attention=cross, router_normalizer=normalizer)
+        block = make_block(cross_expert_attention=cross, router_normalizer=normalizer, router_bias_update_rate=0.1)
         nn.init.normal_(block.router_tap.noise_weight, std=0.3)
+        nn.init.normal_(block.mlp.gate.e_score_correction_bias)
         parameters = [p for _, p in sorted(block.named_parameters())]
         if swapped:
             block.mlp = EngineBlock(block.mlp)
@@ -150,7 +152,7 @@ def test_survives_the_swap_of_the_expert_block(cross, normalizer):
 
 
 def test_what_is_covered_shows_again_after_an_error():
-    block = make_block()
+    block = make_block(router_bias_update_rate=0.1)
     block.mlp = EngineBlock(block.mlp)
     block.mlp.experts.forward = None  # not callable
     with pytest.raises(TypeError):
