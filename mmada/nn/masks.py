@@ -115,8 +115,7 @@ class Visibility:
             column_S = key_S.clamp(min=0)  # documents come without a cache: numbers are columns
             seen = seen & (self.documents_BT[:, queries, None] == self.documents_BT[:, None, column_S])
         if self.pattern is not None:
-            size = self.pattern.size
-            seen = seen & self.chosen_blocks[query_BT1 // size, key_S.clamp(min=0) // size]
+            seen = seen & self.chosen_blocks[self.query_blocks[:, queries, None], self.key_blocks[:, None, keys]]
         if self.num_persistent:
             seen = seen | (key_S < self.offset)
         return seen[:, None]
@@ -126,6 +125,17 @@ class Visibility:
         key_S = self.key_numbers(keys)
         distance = (self.query_BT[:, queries, None] - key_S).clamp(0, num_distances - 1)
         return distance.masked_fill(key_S < self.offset, num_distances)
+
+    def bias(self, bias_HN: Tensor, queries: slice = ALL, keys: slice = ALL) -> Tensor:
+        """A bias by distance for every pair, (B or 1, H, t, s); 0 on persistent keys."""
+        if self.query_BT.shape[0] > 1 or self.num_persistent:
+            return bias_at(bias_HN, self.distance(bias_HN.shape[1], queries, keys))
+        # Numbers rise by one along both sides: each row is the one below it moved on by a column.
+        key_S, query_T = self.key_numbers(keys), self.query_BT[0, queries]
+        num_queries, num_keys = query_T.shape[0], key_S.shape[0]
+        back = torch.arange(num_queries + num_keys - 1, device=key_S.device)
+        distance = (query_T[-1] - key_S[0] - back).clamp(0, bias_HN.shape[1] - 1)
+        return bias_HN[:, distance].unfold(1, num_keys, 1).flip(1)[None]
 
     def coverage(self, queries: slice, keys: slice) -> bool | None:
         """True where these queries see all these keys, False where none sees any, None where the mask must tell.
@@ -142,6 +152,25 @@ class Visibility:
         reached = self.window is None or first_key > last_query - self.window
         limited = self.documents_BT is not None or self.pattern is not None
         return True if last_key <= first_query and reached and not limited else None
+
+    @cached_property
+    def document_starts(self) -> Tensor | int:
+        """The column where each token's document begins, (B, T); 0 where rows are one document each."""
+        if self.documents_BT is None:
+            return 0
+        opens_BT = pad(self.documents_BT[:, 1:] != self.documents_BT[:, :-1], (1, 0))
+        return (opens_BT * torch.arange(self.num_queries, device=opens_BT.device)).cummax(dim=1).values
+
+    @cached_property
+    def query_blocks(self) -> Tensor:
+        """The number of each query's block, counted from where its document begins, (B or 1, T)."""
+        return (self.query_BT - self.document_starts) // self.pattern.size
+
+    @cached_property
+    def key_blocks(self) -> Tensor:
+        """Likewise of each key's block, (B or 1, S); 0 for persistent ones."""
+        numbers_BS = self.key_numbers()[self.num_persistent :] - self.document_starts
+        return pad(numbers_BS.view(-1, self.num_tokens) // self.pattern.size, (self.num_persistent, 0))
 
     @cached_property
     def chosen_blocks(self) -> Tensor:

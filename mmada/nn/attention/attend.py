@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmada.nn.attention.banded import band_size, banded
 from mmada.nn.attention.block_sparse import block_sparse
-from mmada.nn.attention.blockwise import blockwise
+from mmada.nn.attention.blockwise import QUERY_BLOCK, blockwise
 from mmada.nn.attention.eager import eager_attention
 from mmada.nn.attention.flex import flex
 from mmada.nn.attention.scoring import Scoring
@@ -58,10 +58,12 @@ def attend(
         return block_sparse(tile, query, key, value, visibility), None
     if not want_weights and visibility.window is not None and query.shape[2] > band_size(visibility.window):
         return banded(tile, query, key, value, visibility), None
+    if kernel == "sdpa" and scoring.bias_HN is not None and not scoring.dropout and query.shape[2] > QUERY_BLOCK:
+        # With a bias sdpa keeps scores for its backward pass, or at least the bias at all of them.
+        return blockwise(query, key, value, visibility, scoring), None
     mask = visibility.dense
     if scoring.bias_HN is not None:
-        bias_BHTS = bias_at(scoring.bias_HN, visibility.distance(scoring.bias_HN.shape[1]))
-        mask = bias_BHTS.masked_fill(~visibility.mask(), -torch.inf)
+        mask = visibility.bias(scoring.bias_HN).masked_fill(~visibility.mask(), -torch.inf)
     return _dense(module, kernel, query, key, value, mask, scoring)
 
 

@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from mmada.nn.attention.scoring import Scoring
-from mmada.nn.masks import Visibility, bias_at
+from mmada.nn.masks import Visibility
 
 QUERY_BLOCK, KEY_BLOCK = 128, 256
 
@@ -114,13 +114,13 @@ class _Blockwise(torch.autograd.Function):
             common, log_sum = _by_group(common, groups), _by_group(log_sum_BHT[:, :, queries, None], groups)
             for keys, mask in rule.key_blocks(queries):
                 key_s, value_s = key[:, :, keys].to(wide), value[:, :, keys].to(wide)
-                distance = None if bias_HN is None else rule.visibility.distance(bias_HN.shape[1], queries, keys)
-                bias = None if bias_HN is None else bias_at(bias_HN.to(wide), distance)
+                bias = None if bias_HN is None else rule.visibility.bias(bias_HN.to(wide), queries, keys)
                 scores, slope = rule.scores(rows, key_s, bias, mask, count)
                 weights = torch.exp(scores - log_sum)
                 grad_value[:, :, keys] += weights.transpose(2, 3) @ grad_rows
                 grad_scores = weights * (grad_rows @ value_s.transpose(2, 3) - common)
                 if grad_bias is not None:
+                    distance = rule.visibility.distance(bias_HN.shape[1], queries, keys)
                     _add_by_distance(grad_bias, _by_head(grad_scores, count), distance)
                 grad_scores = rule.scaling * (grad_scores if slope is None else grad_scores * slope)
                 grad_query[:, :, queries] += _by_head(grad_scores @ key_s, count)
@@ -140,9 +140,7 @@ def _mix(
     mixed, total = torch.zeros_like(rows), rows.new_zeros(*rows.shape[:-1], 1)
     peak = torch.full_like(total, -torch.inf)
     for keys, mask in rule.key_blocks(queries):
-        bias = None
-        if bias_HN is not None:
-            bias = bias_at(bias_HN.to(wide), rule.visibility.distance(bias_HN.shape[1], queries, keys))
+        bias = None if bias_HN is None else rule.visibility.bias(bias_HN.to(wide), queries, keys)
         scores, _ = rule.scores(rows, key[:, :, keys].to(wide), bias, mask, count)
         new_peak = torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
         base = new_peak.masked_fill(new_peak == -torch.inf, 0)  # nothing seen yet: exp(-inf - 0) = 0

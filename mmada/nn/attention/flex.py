@@ -50,7 +50,11 @@ def _compiled() -> Callable[..., Tensor]:
 def _block_mask(visibility: Visibility, batch: int) -> BlockMask:
     query_BT, documents_BT = visibility.query_BT.expand(batch, -1), visibility.documents_BT
     skipped, offset, pattern = visibility.num_persistent, visibility.offset, visibility.pattern
-    chosen_QN = None if pattern is None else visibility.chosen_blocks
+    if pattern is not None:
+        chosen_QN = visibility.chosen_blocks
+        query_block_BT, key_block_BS = (
+            blocks.expand(batch, -1) for blocks in (visibility.query_blocks, visibility.key_blocks)
+        )
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         query, column = query_BT[b, q], (k - skipped).clamp(min=0)
@@ -61,7 +65,7 @@ def _block_mask(visibility: Visibility, batch: int) -> BlockMask:
         if documents_BT is not None:
             visible = visible & (documents_BT[b, q] == documents_BT[b, column])
         if pattern is not None:
-            visible = visible & chosen_QN[query // pattern.size, number // pattern.size]
+            visible = visible & chosen_QN[query_block_BT[b, q], key_block_BS[b, k]]
         return visible | (k < skipped)
 
     rows_agree = visibility.query_BT.shape[0] == 1 and documents_BT is None
