@@ -115,25 +115,30 @@ class MemorySettings:
     """Neural memory that learns while it reads (Titans, arXiv:2501.00663).
 
     ``depth``: layers of the memory (1: a matrix). ``expansion``: hidden width of a deeper one over ``head_dim``.
+    ``activation``: between its layers, ``"gelu"`` or ``"silu"``.
     ``num_heads``, ``head_dim``: memories side by side. ``chunk_size``: tokens whose gradients are taken at the same
         weights. ``momentum``, ``forgetting``, ``convolution``: switch these parts.
     ``conv_kernel``: tokens of the convolution after query, key and value.
-    ``max_step``: largest θ. ``gate``: ``"continuous"``, ``"hard"`` or ``"soft"`` update by surprise over
-        ``surprise_threshold`` (``surprise_temperature`` for soft).
-    ``num_persistent_tokens``: learned tokens before the sequence. ``segment_size``: tokens of a segment of
-        ``memory_context``. ``attention``: the attention of ``memory_gate`` and ``memory_layer``.
+    ``max_step``: largest θ. ``max_gradient_norm``: a token's gradient is shrunk smoothly to stay below; null: never.
+    ``gate``: ``"continuous"``, ``"hard"`` or ``"soft"`` update by surprise over ``surprise_threshold``
+        (``surprise_temperature`` for soft).
+    ``num_persistent_tokens``: learned tokens before the sequence, and before each segment of ``memory_context``.
+    ``segment_size``: tokens of such a segment; a chunk ends where its segment does.
+    ``attention``: the attention of ``memory_gate`` and ``memory_layer``, a kind of ``mixer_types``.
     """
 
     depth: int = 2
     expansion: int = 2
+    activation: str = "gelu"
     num_heads: int = 4
-    head_dim: int = 32
+    head_dim: int = 64
     chunk_size: int = 16
     momentum: bool = True
     forgetting: bool = True
     convolution: bool = True
     conv_kernel: int = 4
     max_step: float | int = 0.1
+    max_gradient_norm: float | int | None = 10.0
     gate: str = "continuous"
     surprise_threshold: float | int = 0.0
     surprise_temperature: float | int = 1.0
@@ -142,14 +147,16 @@ class MemorySettings:
     attention: str = "window"
 
     def check(self, config: Any) -> None:
-        at_least("memory", self, 1, "depth", "expansion", "num_heads", "head_dim", "chunk_size", "conv_kernel")
+        at_least("memory", self, 1, "depth", "expansion", "num_heads", "head_dim", "chunk_size", "conv_kernel",
+                 "segment_size")  # fmt: skip
         at_least("memory", self, 0, "num_persistent_tokens", "surprise_threshold")
-        at_least("memory", self, 1, "segment_size")
+        one_of("memory", self, "activation", ("gelu", "silu"))
         one_of("memory", self, "gate", ("continuous", "hard", "soft"))
         one_of("memory", self, "attention", ATTENTION_KINDS)
-        for name in ("max_step", "surprise_temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"memory.{name}={getattr(self, name)} is not positive; use 0.1, say")
+        for name, remedy in (("max_step", "0.1"), ("surprise_temperature", "1"), ("max_gradient_norm", "10 or null")):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"memory.{name}={value} is not positive; use {remedy}, say")
 
 
 @strict

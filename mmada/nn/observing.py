@@ -6,9 +6,13 @@ A layer calls ``observe(self, gate=g_BTD)`` in its forward. Nothing happens unle
         model(input_ids)
     statistics.summary()["layers.0.mixer"]["gate_mean"]
 
-Only running sums are kept, so a whole evaluation set may pass by. A layer whose numbers mean more than their mean and
-spread has a method ``summarise(moments: dict[str, Moments]) -> dict[str, float]``, which is used in place of the usual
-summary.
+    with record(model, "surprise") as surprise:
+        model(input_ids)
+    surprise["layers.0.mixer.memory"]  # (B, T, heads)
+
+Of statistics only running sums are kept, so a whole evaluation set may pass by. A layer whose numbers mean more than
+their mean and spread has a method ``summarise(moments: dict[str, Moments]) -> dict[str, float]``, which is used in
+place of the usual summary.
 
 # B batch, T tokens, C whatever the last dimension is: channels, heads, slots
 """
@@ -18,12 +22,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Collector = TypeVar("Collector", "Statistics", "Record")
+
 # One per thread and task, so that two of them can look at different models at once.
-_open: ContextVar[tuple[Statistics, ...]] = ContextVar("open_statistics", default=())
+_open: ContextVar[tuple[Statistics | Record, ...]] = ContextVar("open_collectors", default=())
+
+
+def is_anyone_looking() -> bool:
+    """Whether ``observe`` has anybody to hand numbers to; for those that must be computed on the way."""
+    return bool(_open.get())
 
 
 def observe(module: nn.Module, where: Tensor | None = None, **values: Tensor | Callable[[], Tensor]) -> None:
@@ -32,17 +44,29 @@ def observe(module: nn.Module, where: Tensor | None = None, **values: Tensor | C
     ``where``: boolean, of the leading dimensions: which entries count (``context.valid_BT()``); None for all.
     A value that takes work to compute may be given as a function, which is called only if somebody looks.
     """
-    for statistics in _open.get():
-        statistics.add(module, where, values)
+    for collector in _open.get():
+        collector.add(module, where, values)
 
 
 @contextmanager
 def collect_statistics(model: nn.Module) -> Iterator[Statistics]:
     """Collect what the modules of ``model`` observe in this thread until the block ends."""
-    statistics = Statistics(model)
-    token = _open.set((*_open.get(), statistics))
-    try:
+    with _opened(Statistics(model)) as statistics:
         yield statistics
+
+
+@contextmanager
+def record(model: nn.Module, name: str) -> Iterator[Record]:
+    """Keep the values that the modules of ``model`` observe under ``name``, token by token, until the block ends."""
+    with _opened(Record(model, name)) as values:
+        yield values
+
+
+@contextmanager
+def _opened(collector: Collector) -> Iterator[Collector]:
+    token = _open.set((*_open.get(), collector))
+    try:
+        yield collector
     finally:
         _open.reset(token)
 
@@ -126,6 +150,34 @@ class Statistics:
             if seen:
                 summaries[self._named[module]] = summarise(module, seen)
         return summaries
+
+
+class Record:
+    """Observed values of one name, as they were: a profile along a text, say.
+
+    ``calls``: by the module's name, what each forward pass observed, (B, T, C), detached; NaN where nothing counts,
+    which is at padding. Rows are as mixers see them: padding stands behind.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._named = {module: own_name for own_name, module in model.named_modules()}
+        self._name = name
+        self.calls: dict[str, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def add(self, module: nn.Module, where: Tensor | None, values: dict[str, Tensor | Callable[[], Tensor]]) -> None:
+        """Keep what ``observe`` was given, if it is what this is a record of."""
+        if module not in self._named or self._name not in values:
+            return
+        value = values[self._name]
+        tensor = (value if isinstance(value, Tensor) else value()).detach()
+        if where is not None:
+            tensor = tensor.masked_fill(~where[..., None], torch.nan)
+        self.calls.setdefault(self._named[module], []).append(tensor)
+
+    def __getitem__(self, module_name: str) -> Tensor:
+        """All that a module observed, (B, T, C), the tokens of later passes behind those of earlier ones."""
+        return torch.cat(self.calls[module_name], dim=1)
 
 
 def summarise(module: nn.Module, moments: dict[str, Moments]) -> dict[str, float]:

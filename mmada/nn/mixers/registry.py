@@ -11,12 +11,18 @@ from mmada.config import MMaDAConfig
 from mmada.config_parts import ATTENTION_KINDS
 from mmada.nn.mixers.attention import Attention
 from mmada.nn.mixers.hybrid import build_hybrid
+from mmada.nn.mixers.memory import Memory, MemoryGate, MemoryLayer
+from mmada.nn.mixers.memory_context import MemoryContext
 from mmada.nn.mixers.ssm import SSM
 
 MIXERS: dict[str, Callable[[MMaDAConfig, int], nn.Module]] = {
     **{kind: partial(Attention, kind=kind) for kind in ATTENTION_KINDS},
     "ssm": SSM,
     "hybrid": build_hybrid,
+    "memory": Memory,
+    "memory_context": MemoryContext,
+    "memory_gate": MemoryGate,
+    "memory_layer": MemoryLayer,
 }
 
 
