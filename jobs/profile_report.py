@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.tracking import Tracker
-from jobs.bench.measuring import quartiles, short, with_spread
+from jobs.bench.measuring import quartiles, short, with_share, with_spread
 from jobs.plan import gib
 from jobs.plan_report import table_of
 from jobs.profile import Cost, Profile
@@ -144,12 +144,6 @@ def notes(profile: Profile) -> list[str]:
     if train.gradient_checkpointing:
         lines.append("gradient checkpointing: whole models compute their blocks twice, parts do not")
     return [*lines, *profile.refused]
-
-
-def with_share(milliseconds: list[float]) -> str:
-    """Median, and half the distance between the quartiles as a share of it."""
-    low, middle, high = quartiles(milliseconds)
-    return f"{short(middle)} ±{(high - low) / 2 / middle:.0%}"
 
 
 def in_units(count: float) -> str:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jobs.cli import CommandError, Parser, file_to_write, int_from
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -97,7 +108,91 @@ def short(value: float) -> str:
     return f"{value:.{max(0, 2 - (len(str(int(value))) - 1))}f}"
 
 
+def with_share(values: Sequence[float]) -> str:
+    """``median ±half the distance between the quartiles``, as a share of the median."""
+    low, middle, high = quartiles(values)
+    return f"{short(middle)} ±{(high - low) / 2 / middle:.0%}"
+
+
 def with_spread(values: tuple[float, float, float]) -> str:
     """``median (lower quartile .. upper quartile)``."""
     low, middle, high = values
     return f"{short(middle)} ({short(low)} .. {short(high)})"
+
+
+def step_of(layer: nn.Module, hidden: Tensor) -> Callable[[], float]:
+    """One forward and backward pass of a layer, in milliseconds; no gradients are left from before, nor afterwards."""
+    import torch
+
+    directions: list[Tensor] = []  # one, made in the first pass, which only warms up
+
+    def forward_and_backward() -> None:
+        output = layer(hidden)
+        output = output[0] if isinstance(output, tuple) else output
+        if not directions:
+            directions.append(torch.randn_like(output))
+        output.backward(directions[0])
+
+    def step() -> float:
+        milliseconds = time_of(forward_and_backward)
+        hidden.grad = None
+        for parameter in layer.parameters():
+            parameter.grad = None
+        return milliseconds
+
+    return step
+
+
+def time_of(work: Callable[[], Any]) -> float:
+    """Milliseconds on the wall clock."""
+    start = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def bench_parser(name: str, summary: str, rounds: int) -> Parser:
+    """The options that every bench has; ``rounds`` unless told otherwise."""
+    parser = Parser(prog=f"mmada bench {name}", description=summary, allow_abbrev=False)
+    parser.add_argument("--rounds", type=int_from(2), default=rounds, metavar="N", help=f"timed (default: {rounds})")
+    parser.add_argument("--threads", type=int_from(1), metavar="N", help="threads of PyTorch (default: as it chooses)")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write every single time there, too")
+    parser.add_argument("--quick", action="store_true", help="small sizes and two rounds: does it run?")
+    return parser
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Reads ``512,1024``; raises argparse.ArgumentTypeError."""
+    return [int_from(1)(each) for each in text.split(",")]
+
+
+def peer(module: str, package: str) -> Any:
+    """A module that we compare with and do not depend on. Raises CommandError naming the package to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CommandError(
+            f"package={package} is needed by this bench alone and cannot be imported ({error}); pip install {package}"
+        ) from error
+
+
+def run_bench(options: argparse.Namespace, measure: Callable[[int], tuple[list[RenderableType], Any]]) -> int:
+    """Measure with the threads that were asked for, print what comes out and write the figures; 0.
+
+    ``measure(threads)`` returns what to print, and everything there is to write as JSON.
+    """
+    from rich.console import Console
+
+    from cluster.terminal import quiet_terminal
+
+    with (
+        tempfile.TemporaryDirectory(prefix="mmada-bench-") as folder,
+        quiet_terminal(Path(folder) / "log.txt") as terminal,
+        torch_threads(options.threads) as num_threads,
+    ):
+        printed, figures = measure(num_threads)
+        console = Console(file=terminal, highlight=False, width=120)
+        for each in printed:
+            console.print(each)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0

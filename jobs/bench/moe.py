@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +24,7 @@ from jobs.bench.measuring import (
     matmul_flops,
     matmul_seconds,
     short,
+    step_of,
     torch_threads,
     with_spread,
 )
@@ -51,6 +51,11 @@ class Shape(NamedTuple):
         """Of one forward and backward pass: three projections, each one product forward and two backward."""
         return 18 * self.num_tokens * self.top_k * self.hidden_size * self.moe_intermediate_size
 
+    @property
+    def flops_of_all(self) -> int:
+        """The same if every token went through every expert."""
+        return self.flops // self.top_k * self.num_experts
+
     def __str__(self) -> str:
         return "x".join(map(str, self))
 
@@ -75,11 +80,11 @@ def run(args: list[str]) -> int:
         single_process_group(),
         torch_threads(options.threads) as num_threads,
     ):
-        console, records = Console(file=terminal, highlight=False), []
+        console, records = Console(file=terminal, highlight=False, width=100), []
         for shape in options.shape or SHAPES:
-            timings = measure(shape, options.rounds)
-            console.print(table(shape, timings, num_threads), "")
-            records.append(record(shape, timings, num_threads))
+            timings, flops = measure(shape, options.rounds)
+            console.print(table(shape, timings, flops, num_threads), "")
+            records.append(record(shape, timings, flops, num_threads))
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -181,43 +186,19 @@ def initialise(layer: nn.Module) -> None:
         nn.init.normal_(parameter, std=0.02)
 
 
-def measure(shape: Shape, rounds: int) -> dict[str, Timings]:
-    """Time every contender and one big matrix product, in turns; each round begins with another one."""
+def measure(shape: Shape, rounds: int) -> tuple[dict[str, Timings], dict[str, int]]:
+    """Time every contender and one big matrix product, in turns; and count the operations of every contender."""
     import torch
+
+    from jobs.bench.counting import count_flops
 
     torch.manual_seed(0)
     hidden = torch.randn(1, shape.num_tokens, shape.hidden_size, requires_grad=True)
-    steps = {name: step_of(layer, hidden) for name, layer in contenders(shape).items()}
-    steps[PEAK] = lambda: 1e3 * matmul_seconds()
-    measured = in_turns(steps, rounds)
-    return {name: Timings(name, milliseconds) for name, milliseconds in measured.items()}
-
-
-def step_of(layer: nn.Module, hidden: Any) -> Callable[[], float]:
-    """One forward and backward pass of a layer, timed; no gradients are left from before, nor afterwards."""
-    import torch
-
-    direction = torch.randn_like(hidden)
-
-    def forward_and_backward() -> None:
-        output = layer(hidden)
-        (output[0] if isinstance(output, tuple) else output).backward(direction)
-
-    def step() -> float:
-        milliseconds = time_of(forward_and_backward)
-        hidden.grad = None
-        for parameter in layer.parameters():
-            parameter.grad = None
-        return milliseconds
-
-    return step
-
-
-def time_of(work: Callable[[], Any]) -> float:
-    """Milliseconds on the wall clock."""
-    start = time.perf_counter()
-    work()
-    return 1e3 * (time.perf_counter() - start)
+    layers = contenders(shape)
+    steps = {name: step_of(layer, hidden) for name, layer in layers.items()}
+    measured = in_turns({**steps, PEAK: lambda: 1e3 * matmul_seconds()}, rounds)
+    timings = {name: Timings(name, milliseconds) for name, milliseconds in measured.items()}
+    return timings, {name: count_flops(step)[0] for name, step in steps.items()}
 
 
 def peak_flops(timings: dict[str, Timings]) -> float:
@@ -225,7 +206,7 @@ def peak_flops(timings: dict[str, Timings]) -> float:
     return matmul_flops(1e-3 * timings[PEAK].best)
 
 
-def table(shape: Shape, timings: dict[str, Timings], num_threads: int) -> Table:
+def table(shape: Shape, timings: dict[str, Timings], flops: dict[str, int], num_threads: int) -> Table:
     """What is printed of one shape."""
     from rich import box
     from rich.table import Table
@@ -238,11 +219,13 @@ def table(shape: Shape, timings: dict[str, Timings], num_threads: int) -> Table:
     caption = (
         f"forward and backward in ms, float32, {num_threads} threads, {len(floor.milliseconds)} rounds in turns;\n"
         f"times the floor of the same round: median (quartiles), then best over best;\n"
+        f"operations counted, the router's too, and as a share of what all {shape.num_experts} experts would take on "
+        f"every token (k / E = {shape.top_k / shape.num_experts:.1%});\n"
         f"share of {peak / 1e9:.0f} GFLOP/s, the best matrix product of {MATMUL_SIZE} squared, at the best time"
     )
     result = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     result.add_column("layer", no_wrap=True, min_width=23)
-    for heading in ("median", "best", "times the floor", "best", "peak"):
+    for heading in ("median", "best", "times the floor", "best", "GFLOP", "of all", "peak"):
         result.add_column(heading, justify="right", no_wrap=True)
     for name, each in timings.items():
         if name == PEAK:
@@ -253,12 +236,14 @@ def table(shape: Shape, timings: dict[str, Timings], num_threads: int) -> Table:
             short(each.best),
             with_spread(each.ratios(floor)),
             short(each.best / floor.best),
+            short(flops[name] / 1e9),
+            f"{flops[name] / shape.flops_of_all:.1%}",
             f"{shape.flops / (1e-3 * each.best) / peak:.0%}",
         )
     return result
 
 
-def record(shape: Shape, timings: dict[str, Timings], num_threads: int) -> dict[str, Any]:
+def record(shape: Shape, timings: dict[str, Timings], flops: dict[str, int], num_threads: int) -> dict[str, Any]:
     """The same, for a program, with every single time."""
     return {
         "shape": shape._asdict(),
@@ -271,6 +256,8 @@ def record(shape: Shape, timings: dict[str, Timings], num_threads: int) -> dict[
                 "best_ms": each.best,
                 "floor_ratio_quartiles": each.ratios(timings[FLOOR]),
                 "milliseconds": each.milliseconds,
+                "flops": flops[name],
+                "share_of_all_experts": flops[name] / shape.flops_of_all,
             }
             for name, each in timings.items()
             if name != PEAK
