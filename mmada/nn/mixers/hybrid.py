@@ -133,7 +133,9 @@ class RoutedHybrid(nn.Module):
                 takes_BT if valid_BT is None else takes_BT & valid_BT,
                 context,
                 state,
-                always=self.training,  # engines that shard parameters wait until every worker has called a layer
+                # Engines that shard parameters wait until every worker has called a layer, in training and in
+                # evaluation; in decoding, which they leave to others, it would cost a good part of the token's time.
+                always=self.training or context.past == 0,
             )
         chosen_BT1 = torch.where(is_carried_BT[..., None], probability_BT1, 1 - probability_BT1)
         return mixed * chosen_BT1.to(mixed.dtype), None

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 from mmada.config import MMaDAConfig
 from mmada.model import MMaDAForCausalLM
 from mmada.nn.cache import MMaDACache
-from mmada.nn.mixers.attention import Attention
 from mmada.nn.mixers.hybrid import GatedHybrid, RoutedHybrid
 from mmada.nn.mixers.registry import build_mixer
 from mmada.nn.observing import collect_statistics
@@ -151,22 +150,20 @@ def send_all_to(layer, side):
 
 
 @pytest.mark.parametrize("side", ["attention", "recurrent"])
-def test_the_side_that_nobody_takes_is_computed_in_training_only_and_then_for_nothing(side):
-    layer, hidden, calls = make_hybrid("routed"), tokens(2, 6), []
+def test_the_side_that_nobody_takes_is_called_for_nothing_and_in_decoding_not_at_all(side):
+    layer, hidden, calls, cache = make_hybrid("routed"), tokens(2, 6), [], MMaDACache(1)
     send_all_to(layer, side)
-    other = layer.attention if side == "recurrent" else layer.recurrent
+    taken, other = (getattr(layer, name) for name in (side, "recurrent" if side == "attention" else "attention"))
     other.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[1]))
-    expected = run_mixer(layer, hidden)
-    assert calls == []
     output = run_mixer(layer.train(), hidden)
-    assert calls == [1] and torch.equal(output, expected)
+    assert_close(output, taken(hidden, make_context(layer.config, 2, 6), None)[0], **EXACT)
     output.sum().backward()
     idle = {name: p.grad for name, p in other.named_parameters()}
     assert all(gradient is not None and gradient.abs().max() == 0 for gradient in idle.values())
-    if side == "attention":
-        attention = Attention(layer.config, 0).double().eval()
-        attention.load_state_dict(layer.attention.state_dict())
-        assert_close(output, run_mixer(attention, hidden), **EXACT)
+    assert torch.equal(run_mixer(layer.eval(), hidden[:, :4], cache=cache), output[:, :4])
+    assert calls == [1, 1]  # a column, whose output counts for nothing
+    assert_close(run_mixer(layer, hidden[:, 4:], cache=cache), output[:, 4:], **EXACT)
+    assert calls == [1, 1]
 
 
 @pytest.mark.parametrize("attention", ["attention", "window"])
