@@ -281,8 +281,12 @@ def test_the_registry_builds_the_layer_of_the_fusion_with_the_gates_bias():
         gate = make_model(fusion).model.layers[1].mixer.gate
         assert_close(gate.bias.detach(), torch.full((width,), -0.3).double())
     assert build_mixer(make_config("residual", 0), 0).recurrent.memory is None
-    with pytest.raises(ValueError, match=r"hybrid\.fusion='seed' is unknown; use one of residual, source, routed"):
-        build_config("debug", mixer_types="hybrid", hybrid={"fusion": "seed"})
+    for wrong, said in (
+        ({"fusion": "seed"}, r"hybrid\.fusion='seed' is unknown; use one of residual, source, routed"),
+        ({"memory_chunk_size": 0}, r"hybrid\.memory_chunk_size=0 is too small; use 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build_config("debug", mixer_types="hybrid", hybrid=wrong)
 
 
 def test_statistics_of_gates_and_routes():
