@@ -110,7 +110,9 @@ def test_packed_documents_are_as_good_as_rows_of_their_own(name):
         model.zero_grad(set_to_none=True)
         logits = run()
         (logits * direction).sum().backward()
-        results.append((logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        # Parts that no document is long enough for may get no gradient or one of zeros.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        results.append((logits.detach(), gradients))
     for logits, gradients in results[1:]:
         assert_close(logits, results[0][0], **CLOSE)
         assert_close(gradients, results[0][1], rtol=1e-5, atol=1e-8)
@@ -125,7 +127,10 @@ def test_a_token_changes_nothing_before_it(name):
         changed = tokens.clone()
         changed[0, position] = 8 + (changed[0, position] + 1) % 200
         after = model(changed).logits
-        assert torch.equal(after[:, :position], before[:, :position])
+        if "routed" in name:  # how many tokens a branch computes changes the rounding of its matrix products
+            assert_close(after[:, :position], before[:, :position], rtol=1e-12, atol=1e-13)
+        else:
+            assert torch.equal(after[:, :position], before[:, :position])
         assert not torch.equal(after[:, position], before[:, position])
 
 
@@ -133,7 +138,7 @@ def test_a_token_changes_nothing_before_it(name):
 @torch.no_grad()
 def test_tokens_taken_back_leave_no_trace(name):
     """What assisted generation does: feed candidates, take the wrong ones back, go on."""
-    model, tokens = make_mixture(name), random_ids(2, 14)
+    model, tokens = make_mixture(name), random_ids(2, 17)
     full = model(tokens).logits
     cache = model(tokens[:, :6], use_cache=True).past_key_values
     cache.activate_past_recording()
@@ -145,10 +150,10 @@ def test_tokens_taken_back_leave_no_trace(name):
         cache.crop(-wrong)
         at += right
         assert cache.get_seq_length() == at
-    model(tokens[:, at : at + 1], past_key_values=cache)
-    model(random_ids(2, 1), past_key_values=cache)
-    cache.crop(-1)
-    cache.crop(-1)  # twice without a forward pass between
+    for candidate in (tokens[:, at : at + 1], random_ids(2, 1), random_ids(2, 1)):
+        model(candidate, past_key_values=cache)
+    cache.crop(-2)  # the wrong ones of an assistant, which makes them one by one
+    at += 1
     logits = model(tokens[:, at:], past_key_values=cache).logits
     assert_close(logits, full[:, at:], **CLOSE)
 

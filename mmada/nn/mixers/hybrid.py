@@ -31,14 +31,24 @@ from mmada.nn.observing import observe
 from mmada.nn.slots import SlotMemory
 
 
-class Gate(nn.Linear):
-    """σ(W h + b) in float32 at least; b starts as ``hybrid.gate_bias``."""
+class Gate(nn.Module):
+    """σ(W h + b) in float32 at least; b starts as ``hybrid.gate_bias``.
+
+    No ``nn.Linear``: adapters would add what they learn to the output of one, here behind the σ.
+    """
+
+    def __init__(self, config: MMaDAConfig, num_gates: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_gates, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_gates))
+        self.init_own_weights(config)
 
     def init_own_weights(self, config: MMaDAConfig) -> None:
+        init.normal_(self.weight, mean=0.0, std=config.initializer_range)
         init.constant_(self.bias, config.hybrid.gate_bias)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        logits = super().forward(hidden_BTD)
+        logits = nn.functional.linear(hidden_BTD, self.weight, self.bias)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
 
@@ -67,7 +77,7 @@ class GatedHybrid(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.attention = Attention(config, layer_idx, kind=config.hybrid.attention)
         self.recurrent = RecurrentSide(config, layer_idx)
-        self.gate = Gate(config.hidden_size, config.hidden_size)
+        self.gate = Gate(config, num_gates=config.hidden_size)
         self.opening: nn.Parameter | None = None
         if config.hybrid.fusion == "residual":
             self.opening = nn.Parameter(torch.zeros(config.hidden_size))
@@ -108,7 +118,7 @@ class RoutedHybrid(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.attention = AttentionSide(config, layer_idx, kind=config.hybrid.attention)
         self.recurrent = RecurrentSide(config, layer_idx)
-        self.gate = Gate(config.hidden_size, 1)
+        self.gate = Gate(config, num_gates=1)
 
     def forward(
         self, hidden_states: Tensor, context: Context, past_key_values: MMaDACache | None = None
