@@ -130,11 +130,12 @@ class Visibility:
         """A bias by distance for every pair, (B or 1, H, t, s); 0 on persistent keys."""
         if self.query_BT.shape[0] > 1 or self.num_persistent:
             return bias_at(bias_HN, self.distance(bias_HN.shape[1], queries, keys))
-        # Numbers rise by one along both sides: each row is the one below it moved on by a column.
+        # Numbers rise by one along both sides (behind a row's end they mean nothing): each row is the one below it
+        # moved on by a column.
         key_S, query_T = self.key_numbers(keys), self.query_BT[0, queries]
         num_queries, num_keys = query_T.shape[0], key_S.shape[0]
         back = torch.arange(num_queries + num_keys - 1, device=key_S.device)
-        distance = (query_T[-1] - key_S[0] - back).clamp(0, bias_HN.shape[1] - 1)
+        distance = (query_T[0] + num_queries - 1 - key_S[0] - back).clamp(0, bias_HN.shape[1] - 1)
         return bias_HN[:, distance].unfold(1, num_keys, 1).flip(1)[None]
 
     def coverage(self, queries: slice, keys: slice) -> bool | None:
