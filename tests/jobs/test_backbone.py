@@ -1,0 +1,109 @@
+"""Everything the backbone can do in one model, trained: one curve at every ZeRO stage, and resumed exactly."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.bare_loop import BareLoop, text_batches
+from jobs.recipe import Recipe, load_recipe
+from mmada.config import MIXER_TYPES
+from mmada.data import TextSource, load_tokenizer, prepare
+from tests.jobs.workers import run_together
+
+STEPS, HALF = 4, 2
+# Tokens that take one branch of a layer or the other, and updates that most tokens do not make.
+SPARSE = ["model.hybrid.fusion=routed", "model.memory.gate=hard", "model.memory.surprise_threshold=0.3"]
+CASES = {  # name: (ZeRO stage, keys of the model)
+    "ZeRO 1": (1, []),
+    "ZeRO 2": (2, []),
+    "ZeRO 3": (3, []),
+    "ZeRO 3, parts that a batch may not touch": (3, SPARSE),
+}
+# Small enough for a test; with every expert chosen rounding has no choice to flip.
+SMALL = [
+    "train.steps=4",
+    "train.warmup_steps=1",
+    "train.global_batch=4",
+    "train.sequence_length=48",
+    "train.evaluate_every=0",
+    "model.num_experts_per_tok=4",
+    "cluster.threads_per_worker=1",
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    return prepare(TextSource(kind="stdlib", limit_documents=40), load_tokenizer("bytes"), folder).folder
+
+
+def recipe_of(run_dir: Path, *keys: str) -> Recipe:
+    return load_recipe("backbone-all", [*SMALL, f"run.dir={run_dir}", *keys])
+
+
+@pytest.fixture(scope="module")
+def bare(prepared, tmp_path_factory) -> dict[bool, list[tuple[float, float]]]:
+    """Loss and gradient norm of every step in one process, without and with SPARSE."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    curves = {}
+    for keys in ([], SPARSE):
+        recipe = recipe_of(tmp_path_factory.mktemp("bare"), *keys)
+        loop = BareLoop(recipe, text_batches(recipe, prepared))
+        curves[bool(keys)] = [loop.step(step) for step in range(STEPS)]
+    torch.set_num_threads(threads)
+    return curves
+
+
+def straight_and_resumed(rank: int, folder: Path, prepared: Path) -> dict[str, tuple]:
+    """By case: the uninterrupted curve, and what steps from HALF on give after a resume from that checkpoint."""
+    import torch.distributed as dist
+
+    from jobs.worker import TrainingWorker
+
+    class Stop(Exception):
+        pass
+
+    found = {}
+    for name, (stage, keys) in CASES.items():
+        run_dir, curves = folder / name.replace(" ", "-"), []
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        recipe = recipe_of(run_dir, f"train.zero_stage={stage}", *keys)
+        for _ in range(2):
+            worker = TrainingWorker(recipe, run_dir, prepared, torch.device("cpu"), lambda message: None)
+            steps = range(worker.start, STEPS)
+            curves.append([])
+            for step in steps:
+                metrics = worker.train_step(step)
+                curves[-1].append((metrics["loss"], metrics["gradient_norm"]))
+                if step + 1 == HALF and len(curves) == 1:
+                    worker.save(HALF)
+                    dist.barrier()
+        found[name] = tuple(curves)
+    return found
+
+
+@pytest.fixture(scope="module")
+def stack(prepared, tmp_path_factory):
+    return run_together(2, straight_and_resumed, tmp_path_factory.mktemp("stack"), prepared)[0]
+
+
+def test_the_recipe_holds_every_kind_of_mixer():
+    assert set(load_recipe("backbone-all").model.overrides()["mixer_types"].split(",")) == set(MIXER_TYPES)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_follow_one_process(bare, stack, case):
+    for step, (ours, plain) in enumerate(zip(stack[case][0], bare[bool(CASES[case][1])], strict=True)):
+        assert ours[0] == pytest.approx(plain[0], rel=1e-5), f"loss of step {step}"
+        assert ours[1] == pytest.approx(plain[1], rel=1e-3), f"gradient norm of step {step}"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_the_same_bit_for_bit(stack, case):
+    straight, resumed = stack[case]
+    assert len(resumed) == STEPS - HALF
+    assert resumed == straight[HALF:]
