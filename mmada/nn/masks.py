@@ -141,7 +141,7 @@ class Visibility:
     def coverage(self, queries: slice, keys: slice) -> bool | None:
         """True where these queries see all these keys, False where none sees any, None where the mask must tell.
 
-        Both slices have whole numbers at both ends.
+        Both slices have whole numbers at both ends. Not for patterns, which this would not see through.
         """
         low, high = self.past_range
         first_query, last_query = low + queries.start, high + queries.stop - 1
@@ -151,14 +151,13 @@ class Visibility:
         if keys.start >= self.num_persistent and (behind or first_key > last_query):
             return False
         reached = self.window is None or first_key > last_query - self.window
-        limited = self.documents_BT is not None or self.pattern is not None
-        return True if last_key <= first_query and reached and not limited else None
+        return True if last_key <= first_query and reached and self.documents_BT is None else None
 
     @cached_property
-    def document_starts(self) -> Tensor | int:
-        """The column where each token's document begins, (B, T); 0 where rows are one document each."""
+    def document_starts(self) -> Tensor:
+        """The column where each token's document begins, (B, T); (1, 1) of 0 where rows are one document each."""
         if self.documents_BT is None:
-            return 0
+            return self.query_BT.new_zeros(1, 1)
         opens_BT = pad(self.documents_BT[:, 1:] != self.documents_BT[:, :-1], (1, 0))
         return (opens_BT * torch.arange(self.num_queries, device=opens_BT.device)).cummax(dim=1).values
 
@@ -171,7 +170,7 @@ class Visibility:
     def key_blocks(self) -> Tensor:
         """Likewise of each key's block, (B or 1, S); 0 for persistent ones."""
         numbers_BS = self.key_numbers()[self.num_persistent :] - self.document_starts
-        return pad(numbers_BS.view(-1, self.num_tokens) // self.pattern.size, (self.num_persistent, 0))
+        return pad(numbers_BS // self.pattern.size, (self.num_persistent, 0))
 
     @cached_property
     def chosen_blocks(self) -> Tensor:

@@ -41,6 +41,9 @@ def attend(
 
     ``kernel``: of ``choose_kernel``. ``want_weights``: go over all scores at once, where it is a dense one.
     """
+    if kernel == "blockwise" and visibility.pattern is not None:
+        # Its blocks are not those of the pattern; tiles of these are few and small.
+        kernel = "sdpa" if scoring.softcap is None else "eager"
     if kernel in RULE_KERNELS:
         return RULE_KERNELS[kernel](query, key, value, visibility, scoring), None
 

@@ -43,22 +43,19 @@ class _Rule:
     softcap: float | None
 
     def query_blocks(self) -> Iterator[slice]:
-        pattern, length = self.visibility.pattern, self.visibility.num_queries
-        size = QUERY_BLOCK if pattern is None else pattern.size
-        return (slice(begin, min(begin + size, length)) for begin in range(0, length, size))
+        length = self.visibility.num_queries
+        return (slice(begin, min(begin + QUERY_BLOCK, length)) for begin in range(0, length, QUERY_BLOCK))
 
     def key_blocks(self, queries: slice) -> Iterator[tuple[slice, Tensor | None]]:
         """The blocks that some of these queries see, with the mask (B or 1, 1, t, s) where not all see all."""
         visibility, total = self.visibility, self.visibility.num_keys
-        size = KEY_BLOCK if visibility.pattern is None else visibility.pattern.size
-        scattered = visibility.pattern is not None or visibility.documents_BT is not None
-        for begin in range(0, total, size):
-            keys = slice(begin, min(begin + size, total))
+        for begin in range(0, total, KEY_BLOCK):
+            keys = slice(begin, min(begin + KEY_BLOCK, total))
             covered = visibility.coverage(queries, keys)
             if covered is False:
                 continue
             mask = None if covered else visibility.mask(queries, keys)
-            if mask is None or not scattered or bool(mask.any()):
+            if mask is None or visibility.documents_BT is None or bool(mask.any()):
                 yield keys, mask
 
     def scores(
