@@ -154,25 +154,29 @@ class Engine:
         if path is None:
             raise ClusterError(f"checkpoint={folder} holds no engine state; use a folder that a run wrote")
 
-    def load_universal(self, folder: Path, step: int, buffers: dict[str, Tensor]) -> None:
+    def load_universal(self, folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
         """Read what ``to_universal`` wrote, at any ZeRO stage, number of workers and expert-parallel size.
 
         Weights, both moments and the step count of every parameter are set one by one. DeepSpeed's own loader
         is not used: under ZeRO 3 it brings back weights but not all moments, which shows at the second step.
-        ``buffers`` are the model's persistent buffers by their own names; ``step`` the optimizer steps done.
+        ``tensors`` are those of the saved model by their own names, of which the persistent buffers and the frozen
+        parameters are taken; ``step`` the optimizer steps done.
         """
         saved = {self._names.canonical(path.name): path for path in (folder / _TAG / "zero").iterdir() if path.is_dir()}
         self._prepare_moments(step)
         for name, parameter in self.module.named_parameters():
             canonical, part = self._names.canonical(name)
+            if not parameter.requires_grad:
+                self._copy(parameter, tensors[canonical])
+                continue
             for key in ("fp32", "exp_avg", "exp_avg_sq"):
                 whole = _read_universal(saved, canonical, part, key)
                 value = self._names.part(whole, part, *self._expert_position(parameter))
                 self._set(parameter, key, value.to(parameter.device))
         for name, buffer in self.module.named_buffers():
             canonical = self._names.canonical(name)[0]
-            if canonical in buffers:
-                buffer.copy_(buffers[canonical])
+            if canonical in tensors:
+                buffer.copy_(tensors[canonical])
 
     def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """Set one of a parameter's three tensors: ``fp32`` (the weight), ``exp_avg`` or ``exp_avg_sq``."""
@@ -185,6 +189,10 @@ class Engine:
             return
         if not self._is_plain:
             safe_set_full_fp32_param(parameter, value)
+        self._copy(parameter, value)
+
+    @staticmethod
+    def _copy(parameter: nn.Parameter, value: Tensor) -> None:
         with (
             torch.no_grad(),
             deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")),

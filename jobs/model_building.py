@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from jobs.entropy_model import load_entropy_model, with_entropy_model
 from jobs.recipe import Recipe
 from mmada.config import MMaDAConfig
 from mmada.data import load_tokenizer
@@ -15,6 +16,7 @@ def model_config(recipe: Recipe) -> MMaDAConfig:
     """The architecture that the recipe asks for. Raises ValueError naming the field."""
     overrides = recipe.model.overrides()
     overrides.pop("attn_implementation", None)
+    overrides = with_entropy_model(recipe, overrides)
     return build_config(recipe.model.preset, **{**special_ids(recipe), **overrides})
 
 
@@ -27,11 +29,16 @@ def special_ids(recipe: Recipe) -> dict[str, int | None]:
 
 
 def build_model(recipe: Recipe, config: MMaDAConfig | None = None) -> MMaDAForCausalLM:
-    """A new model in float32, its weights a function of ``run.seed`` alone; ``config`` in place of the recipe's own."""
+    """A new model in float32, its weights a function of ``run.seed`` alone; ``config`` in place of the recipe's own.
+
+    The weights of ``model.entropy_model`` are the trained ones.
+    """
     torch.manual_seed(recipe.run.seed)
     attention = recipe.model.overrides().get("attn_implementation", "sdpa")
     config = config or model_config(recipe)
     model = MMaDAForCausalLM._from_config(config, attn_implementation=attention, dtype=torch.float32)
+    if recipe.model.entropy_model is not None and config.patches.needs_entropy_model:
+        load_entropy_model(model, recipe.model.entropy_model)
     if recipe.train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model

@@ -25,11 +25,12 @@ BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of parameters: in all, used by one token, and inside the experts of all layers together."""
+    """Numbers of parameters: in all, used by one token, inside the experts of all layers together, and not trained."""
 
     total: int
     active: int
     experts: int
+    frozen: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def stage_memory(recipe: Recipe, size: ModelSize, stage: int) -> StageMemory:
     copies its partition in fp32 too (runtime/zero/stage_1_and_2.py, single_partition_of_fp32_groups). Stage 1 splits
     the states over the workers, 2 the gradients too, 3 the parameters too. A worker holds 1/expert_parallel of the
     experts, and what belongs to those is split over the workers that hold the same ones: workers/expert_parallel.
+    Frozen parameters have neither gradients nor optimizer states.
     """
     width = BYTES[recipe.train.precision]
     per_state = 8 if stage == 0 and recipe.train.precision == "fp32" else 12
@@ -172,13 +174,14 @@ def stage_memory(recipe: Recipe, size: ModelSize, stage: int) -> StageMemory:
     dense, experts = size.total - size.experts, size.experts / parallel
     whole = dense + experts
     part = dense / workers + experts / (workers / parallel)
-    bucket = REDUCE_BUCKET[stage] if recipe.cluster.gpus_per_worker else min(REDUCE_BUCKET[stage], whole)
+    trained, trained_part = whole - size.frozen, part - size.frozen / workers
+    bucket = REDUCE_BUCKET[stage] if recipe.cluster.gpus_per_worker else min(REDUCE_BUCKET[stage], trained)
     gathered = min(MAX_LIVE_PARAMETERS, whole) if stage == 3 else 0
     return StageMemory(
         stage=stage,
         parameters=round(width * (part if stage == 3 else whole)),
-        gradients=round(width * (part if stage >= 2 else whole)),
-        optimizer=round(per_state * (part if stage >= 1 else whole)),
+        gradients=round(width * (trained_part if stage >= 2 else trained)),
+        optimizer=round(per_state * (trained_part if stage >= 1 else trained)),
         buffers=round(width * (bucket + gathered)),
     )
 
@@ -306,11 +309,15 @@ def doubts(plan: Plan) -> tuple[str, ...]:
 
 def model_size(config: MMaDAConfig) -> ModelSize:
     """Count the parameters on the meta device."""
+    from mmada.config import MMaDAConfig
     from mmada.model import count_parameters
 
     total, active = count_parameters(config)
     per_expert = 3 * config.hidden_size * config.moe_intermediate_size  # gate, up and down, without biases
-    return ModelSize(total, active, per_expert * config.num_experts * len(config.moe_layers))
+    experts = per_expert * config.num_experts * len(config.moe_layers)
+    patches = config.patches
+    frozen = count_parameters(MMaDAConfig(**patches.entropy_model))[0] if patches.needs_entropy_model else 0
+    return ModelSize(total, active, experts, frozen)
 
 
 def find_machine(recipe: Recipe) -> Machine:

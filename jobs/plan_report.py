@@ -35,7 +35,10 @@ def facts(plan: Plan) -> Table:
     micro = "micro batch" if batch.accumulation == 1 else "micro batches"
     epochs = "the text is not prepared yet" if batch.epochs is None else f"{batch.epochs:.2f} times through the text"
     rows = {
-        "model": [f"{size.total:,} parameters, {size.active:,} of them used by a token, {size.experts:,} in experts"],
+        "model": [
+            f"{size.total:,} parameters, {size.active:,} of them used by a token, {size.experts:,} in experts"
+            + (f", {size.frozen:,} not trained" if size.frozen else "")
+        ],
         "batch": [
             f"{batch.global_batch} rows = {batch.workers} workers x {batch.accumulation} {micro} x "
             f"{batch.micro_batch} rows",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from jobs import recipe_yaml
+from jobs.entropy_model import with_entropy_model
 from jobs.recipe import RESOLVED_RECIPE, WANTED, Recipe, RecipeError
 from jobs.wording import listed, shown, suggestion
 
@@ -50,6 +51,7 @@ def check(recipe: Recipe) -> None:
     check_lengths(recipe, config)
     check_experts(recipe, config)
     check_vocabulary(recipe, config)
+    check_patches(recipe, config)
     check_gpus(recipe)
 
 
@@ -143,6 +145,7 @@ def checked_config(recipe: Recipe) -> MMaDAConfig:
             raise RecipeError(f"model.{name}={shown(value)} is not a field of the model; {remedy}")
         if name in types:
             check_type(name, value, types[name])
+    overrides = with_entropy_model(recipe, overrides)
     try:
         return build_config(preset, **overrides)
     except (ValueError, KeyError) as error:  # KeyError: transformers' check of rope_parameters
@@ -209,6 +212,19 @@ def check_vocabulary(recipe: Recipe, config: MMaDAConfig) -> None:
         raise RecipeError(
             f"model.vocab_size={config.vocab_size} is less than the {num_tokens} tokens of "
             f"data.tokenizer={recipe.data.tokenizer}; use model.vocab_size={num_tokens} or more"
+        )
+
+
+def check_patches(recipe: Recipe, config: MMaDAConfig) -> None:
+    """What is grouped into patches are bytes."""
+    from mmada.data import load_tokenizer
+    from mmada.tokenizer import ByteTokenizer
+
+    mode = config.patches.mode
+    if mode != "none" and not isinstance(load_tokenizer(recipe.data.tokenizer), ByteTokenizer):
+        raise RecipeError(
+            f"data.tokenizer={recipe.data.tokenizer} makes no bytes for model.patches.mode={mode} to group; "
+            "use data.tokenizer=bytes, or model.patches.mode=none"
         )
 
 

@@ -191,6 +191,10 @@ class ModelSection(Section):
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel: torch's fused one, or the plain formula that can return its weights."""
 
+    entropy_model: Annotated[str, Field(min_length=1)] | None = None
+    """A trained small model of bytes for ``model.patches.mode`` entropy, monotonic or combined: a run's folder, a
+    checkpoint or a saved model, on storage that every worker reaches. The new model keeps it as it is."""
+
     def overrides(self) -> dict[str, Any]:
         """What the recipe sets beside the preset, attention kernel included: ``build_config``'s keywords."""
         return {"attn_implementation": self.attn_implementation, **(self.model_extra or {})}

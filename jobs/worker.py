@@ -24,6 +24,7 @@ from cluster.checkpoints import CheckpointStore
 from cluster.engine import Engine, EngineSettings
 from cluster.errors import ClusterError
 from jobs.checkpointing import Resume, find_resume, restore, save
+from jobs.entropy_model import settle_threshold
 from jobs.evaluation import evaluate
 from jobs.model_building import build_model
 from jobs.progress import Progress
@@ -102,6 +103,7 @@ class TrainingWorker:
         self.progress = Progress(self.rank, self.world, run_dir, device, report)
 
         resume = self._agree_on_resume()
+        self._agree_on_threshold(resume)
         self.engine = Engine(self.model, self.settings)
         self.model.reduce_load = self._sum if self.world > 1 else None
         torch.manual_seed(recipe.run.seed + 1 + self.rank)
@@ -134,7 +136,7 @@ class TrainingWorker:
         # is what the engine takes, is then the mean over the targets of the whole batch, however they are spread.
         share = targets / (self.world * self.settings.accumulation)
         learning_rate = self.learning_rate(step)
-        parts, loads = [], []
+        parts, loads, num_patches = [], [], []
         for micro in range(self.settings.accumulation):
             rows = slice(micro * self.settings.micro_batch, (micro + 1) * self.settings.micro_batch)
             output = self.engine.forward(
@@ -146,12 +148,16 @@ class TrainingWorker:
             if output.expert_load is not None:
                 losses += [output.aux_loss, output.z_loss]
                 loads.append(output.expert_load)
+            if output.num_patches is not None:
+                num_patches.append(output.num_patches.sum())
             parts.append(torch.stack(losses))
         means = (self._sum(torch.stack(parts).mean(0).double()) / self.world).tolist()
         if not math.isfinite(means[0]):
             raise ClusterError(f"loss of step {step + 1} is {means[0]}; lower train.learning_rate or clip_grad_norm")
         metrics = {"loss": means[0], "learning_rate": learning_rate, "gradient_norm": self.engine.gradient_norm}
         metrics["tokens"] = train.global_batch * train.sequence_length
+        if num_patches:
+            metrics["bytes_per_patch"] = metrics["tokens"] / float(self._sum(torch.stack(num_patches).sum()))
         if loads:
             load_LE = torch.stack(loads).sum(0)
             self.model.update_router_bias(load_LE)
@@ -211,6 +217,14 @@ class TrainingWorker:
         if found[0] is not None:
             self.progress.note(found[0].notes)
         return found[0] if found[0] is not None and found[0].folder is not None else None
+
+    def _agree_on_threshold(self, resume: Resume | None) -> None:
+        """Where the recipe leaves the threshold of byte patches to its text, all take what rank 0 finds."""
+        saved = resume.folder / "model" if resume is not None and resume.folder is not None else None
+        self.progress.note(settle_threshold(self.model, self.rows, saved))
+        found = [self.model.config.patches.threshold]
+        dist.broadcast_object_list(found, src=0)
+        self.model.config.patches.threshold = found[0]
 
     def _sum(self, value: Tensor) -> Tensor:
         if self.world > 1:
