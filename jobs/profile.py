@@ -7,12 +7,14 @@ one. All contenders take turns, so that a busy machine slows them alike.
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -28,9 +30,10 @@ from jobs.profile_switches import all_off, config_without, switches_in_use
 from jobs.recipe import Recipe, RecipeError
 from mmada.config import MMaDAConfig
 from mmada.model import MMaDAForCausalLM
+from mmada.nn.patches.boundaries import entropies, threshold_for_size
 from mmada.tokenizer import BYTE_OFFSET, IMAGE_CODE_OFFSET
 
-FULL = "full model"
+FULL = "nothing (the full model)"
 Passes = tuple[float, float]  # milliseconds of a forward and of a backward pass
 
 
@@ -40,6 +43,7 @@ class Cost:
 
     ``peak_bytes``: most that the CUDA allocator held beyond what was there before; None on a CPU.
     ``flops``: of the forward and of the backward pass. ``num_layers``: calls of the part in one forward pass.
+    ``beside``: the full model's passes right before or after these, for a model without one part.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Cost:
     peak_bytes: int | None
     flops: tuple[int, int]
     parameters: int
+    beside: list[Passes] = field(default_factory=list)
 
     @property
     def forward_ms(self) -> list[float]:
@@ -71,12 +76,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Profile:
-    """All that ``mmada profile`` shows. ``whole`` and the first of ``models`` are the full model, measured twice."""
+    """All that ``mmada profile`` shows.
+
+    ``tokens``: what went through. ``whole``: the full model among its parts. ``models``: the full model again, then
+    those without one part, by that part's name. ``refused``: those that cannot be built.
+    """
 
     recipe: Recipe
     device: str
     num_threads: int
     rounds: int
+    tokens: str
     parts: list[Cost]
     whole: Cost
     models: list[Cost]
@@ -110,14 +120,16 @@ def measure(recipe: Recipe, rounds: int) -> Profile:
     """Every part of the recipe's model alone, then the models without one of them, each set of them in turns."""
     device, config = find_device(recipe), model_config(recipe)
     model = prepared_model(recipe, config, device)
-    batch = random_batch(recipe, config, device)
+    batch, tokens = profile_batch(recipe, config, device)
+    settle_threshold(model, batch["input_ids"])
+    config = model.config
     threads = recipe.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // recipe.cluster.workers)
     with torch_threads(threads):
         full = contender_of(FULL, model, batch)
         parts = [*map(part_contender, without_repeats(take_apart(model, batch))), full]
         costs = measure_in_turns(parts, rounds)
 
-        models, refused = [full], []
+        models, refused = [], []
         switches = switches_in_use(config)
         for switch in [*switches, all_off(config)] if len(switches) > 1 else switches:
             try:
@@ -125,15 +137,16 @@ def measure(recipe: Recipe, rounds: int) -> Profile:
             except ValueError as error:
                 refused.append(f"without {switch.name}: {error}")
             else:
-                models.append(contender_of(f"without {switch.name}", smaller, batch))
+                models.append(contender_of(switch.name, smaller, batch))
         return Profile(
             recipe=recipe,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             num_threads=threads,
             rounds=rounds,
+            tokens=tokens,
             parts=costs[:-1],
             whole=costs[-1],
-            models=measure_in_turns(models, rounds),
+            models=measure_in_pairs(full, models, rounds),
             refused=refused,
         )
 
@@ -156,17 +169,42 @@ def prepared_model(recipe: Recipe, config: MMaDAConfig, device: torch.device) ->
     return build_model(recipe, config).to(device, dtype).train()
 
 
-def random_batch(recipe: Recipe, config: MMaDAConfig, device: torch.device) -> dict[str, Any]:
-    """One micro batch of random tokens, one document per row: random bytes where a byte is a token."""
-    low, high = (BYTE_OFFSET, IMAGE_CODE_OFFSET) if recipe.data.tokenizer == "bytes" else (0, config.vocab_size)
-    shape = (recipe.micro_batch, recipe.train.sequence_length + 1)
-    ids = torch.randint(low, high, shape, generator=torch.Generator().manual_seed(recipe.run.seed)).to(device)
-    return {
+def profile_batch(recipe: Recipe, config: MMaDAConfig, device: torch.device) -> tuple[dict[str, Any], str]:
+    """One micro batch, one document per row, and what it is of: text where that decides how long patches are."""
+    rows, length = recipe.micro_batch, recipe.train.sequence_length + 1
+    if config.patches.mode not in ("none", "static"):
+        text = "\n".join(topics.values()).encode()
+        text *= 1 + rows * length // len(text)
+        ids = torch.tensor([*text[: rows * length]]).view(rows, length) + BYTE_OFFSET
+        what = "bytes of Python's help texts"
+    else:
+        is_bytes = recipe.data.tokenizer == "bytes"
+        low, high = (BYTE_OFFSET, IMAGE_CODE_OFFSET) if is_bytes else (0, config.vocab_size)
+        ids = torch.randint(low, high, (rows, length), generator=torch.Generator().manual_seed(recipe.run.seed))
+        what = "random bytes" if is_bytes else "random tokens"
+    ids = ids.to(device)
+    batch = {
         "input_ids": ids[:, :-1],
         "shift_labels": ids[:, 1:].contiguous(),
-        "sample_ids": torch.arange(recipe.micro_batch, device=device),
+        "sample_ids": torch.arange(rows, device=device),
         "use_cache": False,
     }
+    return batch, what
+
+
+def settle_threshold(model: MMaDAForCausalLM, input_ids: Tensor) -> None:
+    """Give a model whose recipe leaves the patches' threshold open the one that cuts these rows as asked."""
+    patches = model.config.patches
+    if not patches.needs_entropy_model or patches.threshold is not None:
+        return
+    assert model.model.patches is not None and model.model.patches.entropy_model is not None
+    with torch.no_grad():
+        entropy_BT = entropies(model.model.patches.entropy_model(input_ids, use_cache=False).logits)
+    index_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+    try:
+        patches.threshold = threshold_for_size(patches, index_BT, entropy_BT)
+    except ValueError as error:
+        raise RecipeError(f"model.{error}") from error
 
 
 @dataclass(frozen=True)
@@ -218,6 +256,29 @@ def measure_in_turns(contenders: list[Contender], rounds: int) -> list[Cost]:
     return [counted(each, passes[each.name]) for each in contenders]
 
 
+def measure_in_pairs(full: Contender, models: list[Contender], rounds: int) -> list[Cost]:
+    """The full model, then the others, each timed next to the full one; which of the two goes first takes turns."""
+
+    def pair(model: Contender) -> Callable[[], tuple[Passes, Passes]]:
+        full_first = itertools.cycle([True, False])
+
+        def step() -> tuple[Passes, Passes]:
+            if next(full_first):
+                before = passes_of(full)
+                return passes_of(model), before
+            return passes_of(model), passes_of(full)
+
+        return step
+
+    pairs = in_turns({model.name: pair(model) for model in models}, rounds)
+    beside = [full_passes for taken in pairs.values() for _, full_passes in taken]
+    costs = [counted(full, beside or [passes_of(full) for _ in range(rounds)])]
+    for model in models:
+        own, other = zip(*pairs[model.name], strict=True)
+        costs.append(replace(counted(model, list(own)), beside=list(other)))
+    return costs
+
+
 def passes_of(contender: Contender) -> Passes:
     """Milliseconds of one forward and one backward pass; no gradients are left from before, nor afterwards."""
     forward = contender.prepare()
@@ -226,10 +287,16 @@ def passes_of(contender: Contender) -> Passes:
     between = finished_at()
     gradients = [torch.randn_like(output) for output in outputs]
     resumed = finished_at()
-    torch.autograd.backward(outputs, gradients)
+    backward(outputs, gradients)
     end = finished_at()
     forget_gradients(contender)
     return 1e3 * (between - start), 1e3 * (end - resumed)
+
+
+def backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
+    """From all outputs at once; nothing for a part that is not trained, as the model that patches are cut by."""
+    if outputs:
+        torch.autograd.backward(outputs, gradients)
 
 
 def counted(contender: Contender, passes: list[Passes]) -> Cost:
@@ -237,7 +304,7 @@ def counted(contender: Contender, passes: list[Passes]) -> Cost:
     kept, _ = count_kept(contender.prepare(), contender.used)
     forward_flops, outputs = count_flops(contender.prepare())
     gradients = [torch.randn_like(output) for output in outputs]
-    backward_flops, _ = count_flops(lambda: torch.autograd.backward(outputs, gradients))
+    backward_flops, _ = count_flops(lambda: backward(outputs, gradients))
     forget_gradients(contender)
     peak = None
     if torch.cuda.is_initialized():  # by a model that was put there

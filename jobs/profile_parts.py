@@ -21,6 +21,7 @@ from mmada.model import MMaDAForCausalLM
 from mmada.nn.block import Block
 from mmada.nn.context import Context
 from mmada.nn.moe import MoE
+from mmada.nn.patches.byte_patches import BytePatches
 from mmada.nn.router import choose_experts, gate_of, selection_bias_of
 
 # Names in the table of children of the model and of its blocks; one that is not here goes by its attribute's name.
@@ -30,6 +31,9 @@ NAMES = {
     "input_layernorm": "norms",
     "post_attention_layernorm": "norms",
     "cross_experts": "cross-expert attention",
+    "encoder": "byte encoder",
+    "pooling": "patch pooling",
+    "decoder": "byte decoder",
 }
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -91,18 +95,30 @@ def take_apart(model: MMaDAForCausalLM, batch: dict[str, Any]) -> list[Part]:
             (gate_inputs,), (block_inputs,) = calls[gate_of(block.mlp)], calls[block]
             parts["router"].calls.append(_routing(block, gate_inputs, block_inputs))
     loss = Part("loss", [_loss(model, logits, batch["shift_labels"])])
-    return [*(part for part in parts.values() if part.calls), loss]
+    return [*_kinds_together([part for part in parts.values() if part.calls]), loss]
+
+
+def _kinds_together(parts: list[Part]) -> list[Part]:
+    """The parts in their order, but all mixers where the first one stands, and all feed-forwards."""
+    kinds = [part.name.partition(":")[0] for part in parts]
+    return sorted(parts, key=lambda part: kinds.index(part.name.partition(":")[0]))
 
 
 def _places(model: MMaDAForCausalLM) -> Iterator[tuple[str, nn.Module]]:
     """The modules that do the work, each with the name of its part."""
     for name, child in model.model.named_children():
-        if name != "layers":
-            yield NAMES.get(name, name.replace("_", " ")), child
-            continue
-        for index, block in enumerate(model.model.layers):
-            yield from _places_in_block(block, f"mixer: {model.config.mixer_types[index]}")
+        if name == "layers":
+            for index, block in enumerate(model.model.layers):
+                yield from _places_in_block(block, f"mixer: {model.config.mixer_types[index]}")
+        elif isinstance(child, BytePatches):  # calls the layers itself
+            yield from ((_name(inner), module) for inner, module in child.named_children())
+        elif not isinstance(child, nn.Identity):
+            yield _name(name), child
     yield "head", model.lm_head
+
+
+def _name(attribute: str) -> str:
+    return NAMES.get(attribute, attribute.replace("_", " "))
 
 
 def _places_in_block(block: Any, mixer: str) -> Iterator[tuple[str, nn.Module]]:
@@ -115,7 +131,7 @@ def _places_in_block(block: Any, mixer: str) -> Iterator[tuple[str, nn.Module]]:
             yield "router", gate_of(block.mlp)
             yield "router", child
         else:
-            yield NAMES.get(name, name.replace("_", " ")), child
+            yield _name(name), child
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from jobs.plan_report import table_of
 from jobs.profile import Cost, Profile
 from mmada.plots.cost import cost_figure
 
-WIDTH = 110
+WIDTH = 116
 
 
 def publish(profile: Profile, tracker: Tracker, terminal: TextIO, scratch: Path, json_file: Path | None) -> None:
@@ -100,13 +100,13 @@ def parts_table(profile: Profile) -> Table:
 
 def models_table(profile: Profile) -> Table:
     """A row for the full model and each one without a part, with ratios to the full model."""
-    table = table_of("whole models", "step ms", "times full", "memory", "", "FLOP", "", "parameters")
+    table = table_of("the model without", "step ms", "times full", "memory", "times", "FLOP", "times", "parameters")
     full = profile.models[0]
     for cost in profile.models:
         table.add_row(
             cost.name,
             short(quartiles(cost.step_ms)[1]),
-            with_spread(time_ratios(cost, full)),
+            with_spread(quartiles(time_ratios(cost))) if cost.beside else "",
             gib(cost.memory),
             short(cost.memory / full.memory),
             in_units(sum(cost.flops)),
@@ -116,9 +116,9 @@ def models_table(profile: Profile) -> Table:
     return table
 
 
-def time_ratios(cost: Cost, full: Cost) -> tuple[float, float, float]:
-    """Quartiles of a model's step over the full model's in the same round."""
-    return quartiles([own / base for own, base in zip(cost.step_ms, full.step_ms, strict=True)])
+def time_ratios(cost: Cost) -> list[float]:
+    """A model's step over the full model's right beside it, in every round."""
+    return [sum(own) / sum(full) for own, full in zip(cost.passes, cost.beside, strict=True)]
 
 
 def notes(profile: Profile) -> list[str]:
@@ -132,8 +132,10 @@ def notes(profile: Profile) -> list[str]:
     )
     lines = [
         f"{profile.device}, {profile.num_threads} threads, {train.precision}; {profile.recipe.micro_batch} rows of "
-        f"{train.sequence_length} random tokens, one document each; {profile.rounds} rounds in turns after warm-ups, "
-        "times are medians ± half the distance between the quartiles; ratios of times are taken within a round",
+        f"{train.sequence_length} {profile.tokens}, one document each; {profile.rounds} rounds in turns after "
+        "warm-ups; times are medians ± half the distance between the quartiles",
+        "a model without a part is timed right before or after the full one; ratios are of such pairs: median "
+        "(quartiles)",
         "a part runs all its layers forward and backward on the inputs that it has in the model, without the rest; "
         "sums, rotary angles, soft caps of the logits and the routers' losses are in the whole model only",
         memory,
@@ -165,6 +167,7 @@ def record(profile: Profile) -> dict[str, Any]:
         "recipe": profile.recipe.model_dump(),
         "device": profile.device,
         "threads": profile.num_threads,
+        "tokens": profile.tokens,
         "parts": rows(profile.parts),
         "whole": rows([profile.whole])[0],
         "models": rows(profile.models),
@@ -173,9 +176,9 @@ def record(profile: Profile) -> dict[str, Any]:
 
 
 def metrics(profile: Profile) -> dict[str, float]:
-    """The medians under names for MLflow: ``part/mixer_attention/forward_ms``, ``model/without_router_noise/…``."""
+    """The medians under names for MLflow: ``part/mixer_attention/forward_ms``, ``without/router_noise/…``."""
     found: dict[str, float] = {}
-    for kind, costs in (("part", [*profile.parts, profile.whole]), ("model", profile.models)):
+    for kind, costs in (("part", [*profile.parts, profile.whole]), ("without", profile.models)):
         for cost in costs:
             name = f"{kind}/{re.sub(r'[^a-z0-9]+', '_', cost.name.lower()).strip('_')}"
             found |= {
@@ -185,8 +188,8 @@ def metrics(profile: Profile) -> dict[str, float]:
                 f"{name}/flops": float(sum(cost.flops)),
                 f"{name}/parameters": float(cost.parameters),
             }
-            if kind == "model":
-                found[f"{name}/time_ratio"] = time_ratios(cost, profile.models[0])[1]
+            if cost.beside:
+                found[f"{name}/time_ratio"] = quartiles(time_ratios(cost))[1]
     return found
 
 
@@ -203,11 +206,11 @@ def figure(profile: Profile) -> Any:
         for cost in profile.parts
     }
     without = {
-        cost.name: {
-            "step, times full": time_ratios(cost, full)[1],
+        f"without {cost.name}": {
+            "step, times full": quartiles(time_ratios(cost))[1],
             "memory, times full": cost.memory / full.memory,
             "FLOP, times full": sum(cost.flops) / sum(full.flops),
         }
-        for cost in profile.models
+        for cost in profile.models[1:]
     }
     return cost_figure(parts, without, f"{profile.recipe.run.name}: what each part costs")

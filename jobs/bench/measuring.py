@@ -111,7 +111,7 @@ def short(value: float) -> str:
 def with_share(values: Sequence[float]) -> str:
     """``median ±half the distance between the quartiles``, as a share of the median."""
     low, middle, high = quartiles(values)
-    return f"{short(middle)} ±{(high - low) / 2 / middle:.0%}"
+    return f"{short(middle)} ±{(high - low) / 2 / middle:.0%}" if middle else "0"
 
 
 def with_spread(values: tuple[float, float, float]) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from jobs import cli
 from jobs.bench.counting import count_flops
+from jobs.profile import FULL, counted, part_contender, settle_threshold
 from jobs.profile_parts import Part, take_apart
 from jobs.profile_switches import SWITCHES, all_off, config_without, setting, switches_in_use
 from mmada.model import MMaDAForCausalLM
@@ -38,27 +39,38 @@ def flops_of(part: Part) -> int:
 
 
 def everything() -> MMaDAForCausalLM:
-    """Every kind of layer that there is, each in a block with experts, and one dense block."""
+    """Every kind of layer that there is, the first attention in a dense block, all others with experts; in patches."""
     kinds = ["attention", *MIXERS]
     return make_model(
         num_hidden_layers=len(kinds),
         mixer_types=kinds,
+        num_key_value_heads=4,
+        sliding_window=16,
+        window_sizes=[8, -1],
+        sparse_block_size=8,
+        ssm={"chunk_size": 8},
+        hybrid={"memory_slots": 4},
+        memory={"num_heads": 2, "head_dim": 8, "chunk_size": 8, "segment_size": 16},
+        patches={"mode": "static", "size": 2, "local_size": 32},
         mlp_layer_types=["dense"] + ["moe"] * (len(kinds) - 1),
         num_shared_experts=1,
         cross_expert_attention=True,
         cross_expert_heads=4,
+        embedding_dropout=0.1,
     )
 
 
 def test_the_parts_add_up_to_the_model():
     model, batch = everything(), make_batch()
     parts = {part.name: part for part in take_apart(model, batch)}
-    assert set(parts) >= {f"mixer: {kind}" for kind in MIXERS} | {
-        "embeddings", "norms", "feed-forward: dense", "feed-forward: experts", "router", "shared experts",
-        "cross-expert attention", "head", "loss",
-    }  # fmt: skip
+    mixers = [f"mixer: {kind}" for kind in MIXERS]
+    assert [*parts] == [
+        "embeddings", "byte encoder", "patch pooling", "byte decoder", "input noise", "norms", *mixers,
+        "feed-forward: dense", "feed-forward: experts", "router", "shared experts", "cross-expert attention", "head",
+        "loss",
+    ]  # fmt: skip
     blocks = model.config.num_hidden_layers
-    layers = {"norms": 2 * blocks + 1, "router": blocks - 1, "mixer: attention": 2}
+    layers = {"norms": 2 * blocks, "router": blocks - 1, "mixer: attention": 2, "byte decoder": 1}
     assert {name: len(parts[name].calls) for name in layers} == layers
     found = {key for part in parts.values() for key in part.parameters()}
     assert found == {id(parameter) for parameter in model.parameters()}
@@ -106,6 +118,17 @@ def test_a_part_leaves_no_gradient_in_the_model_and_can_be_run_again():
     assert all((parameter.grad is not None) == (id(parameter) in own) for parameter in model.parameters())
 
 
+def test_a_model_that_only_cuts_patches_is_not_run_backward():
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    patches = {"mode": "entropy", "size": 3, "threshold": None, "entropy_model": small, "local_size": 32}
+    model, batch = make_model(patches=patches), make_batch()
+    settle_threshold(model, batch["input_ids"])
+    assert TOKENS / int(model(**batch).num_patches.sum()) == pytest.approx(3, rel=0.1)
+    (part,) = (part for part in take_apart(model, batch) if part.name == "entropy model")
+    cost = counted(part_contender((part, 5)), passes=[])
+    assert cost.flops[0] > 0 and cost.flops[1] == 0 and cost.kept == (0, 0) and cost.parameters == 5
+
+
 def test_every_switch_leaves_one_thing_out():
     kinds = ["attention", "window", "ssm", "hybrid", "memory"]
     config = build_config(
@@ -144,9 +167,10 @@ def test_a_profile_is_printed_written_and_recorded(tmp_path: Path, capfd: pytest
     assert (exited.value.code, err) == (0, "")
     written = json.loads(file.read_text())
     names = [row["name"] for row in [*written["parts"], *written["models"]]]
-    assert names[-4:] == ["full model", "without experts (dense)", "without router noise", "without all of these"]
-    assert all(f" {name} " in out for name in names) and "2 rows of 16 random tokens" in out
-    assert all(len(row["passes"]) == 2 for row in [*written["parts"], *written["models"]])
+    assert names[-4:] == [FULL, "experts (dense)", "router noise", "all of these"]
+    assert all(f" {name} " in out for name in names) and "2 rows of 16 random bytes" in out
+    assert all(len(row["passes"]) == 2 for row in [*written["parts"], *written["models"][1:]])
+    assert all(len(row["beside"]) == 2 for row in written["models"][1:])
 
     from mlflow import MlflowClient
 
@@ -154,7 +178,7 @@ def test_a_profile_is_printed_written_and_recorded(tmp_path: Path, capfd: pytest
     (run,) = client.search_runs([client.get_experiment_by_name("costs").experiment_id])
     assert (run.info.run_name, run.info.status) == ("debug-profile", "FINISHED")
     full = written["models"][0]
-    assert run.data.metrics["model/full_model/flops"] == sum(full["flops"])
+    assert run.data.metrics["without/nothing_the_full_model/flops"] == sum(full["flops"])
     assert run.data.metrics["part/mixer_attention/parameters"] == 24_576
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"profile.txt", "profile.json"}
     assert [file.path for file in client.list_artifacts(run.info.run_id, "figures")] == ["figures/profile.png"]
