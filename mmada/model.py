@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from mmada.config import MMaDAConfig
 from mmada.nn.block import Block
-from mmada.nn.cache import MMaDACache
+from mmada.nn.cache import MMaDACache, checked_cache
 from mmada.nn.context import Context, front_order, take_columns
 from mmada.nn.experts import Experts
 from mmada.nn.mixers.attention import Attention
@@ -80,6 +80,16 @@ class MMaDAPreTrainedModel(PreTrainedModel):
         bias = getattr(module, "e_score_correction_bias", None)
         if bias is not None:
             init.zeros_(bias)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As transformers' own. Raises ValueError with byte patches whose entropy model would not know the new ids."""
+        known = self.config.vocab_size
+        if self.config.patches.needs_entropy_model and new_num_tokens not in (None, known):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}): the entropy model of patches.mode="
+                f"{self.config.patches.mode} knows {known} tokens; use patches.mode space or static"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
 class MMaDAModel(MMaDAPreTrainedModel):
@@ -226,16 +236,6 @@ class MMaDAModel(MMaDAPreTrainedModel):
             sample_ids_B = torch.randint(2**62, (batch,), device=hidden_BTD.device)
         column_T = torch.arange(length, device=hidden_BTD.device)
         return (mix64(sample_ids_B)[:, None] + column_T).flatten()
-
-
-def checked_cache(past_key_values: Any) -> MMaDACache:
-    """The cache as it is. Raises ValueError for one of another kind."""
-    if not isinstance(past_key_values, MMaDACache):
-        raise ValueError(
-            f"past_key_values is a {type(past_key_values).__name__}, which cannot hold every kind of layer; "
-            "leave it out, or give an MMaDACache(config.num_hidden_layers)"
-        )
-    return past_key_values
 
 
 def entropy_model_of(config: MMaDAConfig) -> MMaDAForCausalLM | None:

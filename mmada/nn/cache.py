@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mmada.nn.cache_parts import KeyValues, Recurrent, Scan, State
 
-__all__ = ["KeyValues", "LayerState", "MMaDACache", "Recurrent", "Scan", "State"]
+__all__ = ["KeyValues", "LayerState", "MMaDACache", "Recurrent", "Scan", "State", "checked_cache"]
 
 
 class LayerState(CacheLayerMixin):
@@ -200,3 +200,13 @@ class MMaDACache(Cache):
     def batch_size(self) -> int:
         """Rows, or -1 before the first forward pass."""
         return next((tensor.shape[0] for layer in self.layers for tensor in layer.tensors()), -1)
+
+
+def checked_cache(past_key_values: Any) -> MMaDACache:
+    """The cache as it is. Raises ValueError for one of another kind."""
+    if not isinstance(past_key_values, MMaDACache):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}, which cannot hold every kind of layer; "
+            "leave it out, or give an MMaDACache(config.num_hidden_layers)"
+        )
+    return past_key_values

@@ -12,7 +12,7 @@ import torch
 from mmada.config import MIXER_TYPES
 from mmada.model import MMaDAForCausalLM
 from mmada.nn.mixers.registry import MIXERS
-from mmada.presets import build_config
+from mmada.presets import PRESETS, build_config
 
 # Small enough that a test's dozen tokens cross every window, block, chunk and segment.
 SIZES: dict[str, Any] = {
@@ -29,6 +29,16 @@ SIZES: dict[str, Any] = {
     "ssm": {"state_size": 4, "head_dim": 16, "chunk_size": 4},
     "hybrid": {"memory_slots": 3, "memory_chunk_size": 3},
     "memory": {"num_heads": 2, "head_dim": 8, "chunk_size": 3, "segment_size": 4, "num_persistent_tokens": 2},
+    "initializer_range": 0.2,
+}
+
+PATCHES = {"mode": "space", "local_size": 16, "local_window": 3, "hash_sizes": [2, 3], "hash_vocab": 31}
+ENTROPY_MODEL = {
+    **PRESETS["debug"],
+    **{key: SIZES[key] for key in ("hidden_size", "head_dim", "intermediate_size", "num_experts", "sliding_window")},
+    "num_hidden_layers": 1,
+    "mixer_types": "window",
+    "mlp_layer_types": None,
     "initializer_range": 0.2,
 }
 
@@ -68,6 +78,18 @@ CANDIDATES: dict[str, dict[str, Any]] = {
         "position_embedding_type": "none",
         "attention_normalizer": "sparsemax",
     },
+    "patches-space": {"mixer_types": "attention,ssm", "patches": PATCHES},
+    "patches-static-experts": {
+        "mixer_types": "memory_layer,window",
+        "mlp_layer_types": "dense,moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "patches": {**PATCHES, "mode": "static", "size": 2},
+    },
+    "patches-entropy": {
+        "mixer_types": "window,hybrid",
+        "patches": {**PATCHES, "mode": "entropy", "threshold": 4.9, "entropy_model": ENTROPY_MODEL},
+    },
     "sparse-ssm-window": {"mixer_types": "sparse,ssm,window", "num_hidden_layers": 3},
     "all-kinds": {"mixer_types": list(MIXER_TYPES), "num_hidden_layers": len(MIXER_TYPES)},
 }
@@ -76,6 +98,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 def config_of(name: str, **overrides: Any):
     """The config of a mixture, with some fields replaced."""
     return build_config("debug", **{**SIZES, **CANDIDATES[name], **overrides})
+
+
+def is_patched(name: str) -> bool:
+    """Whether the layers go over patches, so that their states and weights are not by the caller's columns."""
+    return config_of(name).patches.mode != "none"
 
 
 def is_registered(name: str) -> bool:

