@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.tracking import Tracker
-from jobs.bench.measuring import quartiles, short, with_share, with_spread
+from jobs.bench.measuring import in_units, quartiles, short, with_share, with_spread
 from jobs.plan import gib
 from jobs.plan_report import table_of
 from jobs.profile import Cost, Profile
@@ -146,15 +146,6 @@ def notes(profile: Profile) -> list[str]:
     if train.gradient_checkpointing:
         lines.append("gradient checkpointing: whole models compute their blocks twice, parts do not")
     return [*lines, *profile.refused]
-
-
-def in_units(count: float) -> str:
-    """Three digits and a power of ten by its letter: 950, 1.23 k, 45.6 M."""
-    for unit in ("", " k", " M", " G"):
-        if count < 999.5:
-            return f"{count:.0f}" if not unit else f"{short(count)}{unit}"
-        count /= 1000
-    return f"{short(count)} T"
 
 
 def record(profile: Profile) -> dict[str, Any]:

@@ -108,6 +108,15 @@ def short(value: float) -> str:
     return f"{value:.{max(0, 2 - (len(str(int(value))) - 1))}f}"
 
 
+def in_units(count: float) -> str:
+    """Three digits and a power of ten by its letter: 950, 1.23 k, 45.6 M."""
+    for unit in ("", " k", " M", " G"):
+        if count < 999.5:
+            return f"{count:.0f}" if not unit else f"{short(count)}{unit}"
+        count /= 1000
+    return f"{short(count)} T"
+
+
 def with_share(values: Sequence[float]) -> str:
     """``median ±half the distance between the quartiles``, as a share of the median."""
     low, middle, high = quartiles(values)
@@ -150,13 +159,14 @@ def time_of(work: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def bench_parser(name: str, summary: str, rounds: int) -> Parser:
-    """The options that every bench has; ``rounds`` unless told otherwise."""
+def bench_parser(name: str, summary: str, rounds: int | None) -> Parser:
+    """The options that every bench has; ``rounds`` unless told otherwise, None where nothing is timed."""
     parser = Parser(prog=f"mmada bench {name}", description=summary, allow_abbrev=False)
-    parser.add_argument("--rounds", type=int_from(2), default=rounds, metavar="N", help=f"timed (default: {rounds})")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int_from(2), default=rounds, metavar="N", help=f"timed ({rounds})")
     parser.add_argument("--threads", type=int_from(1), metavar="N", help="threads of PyTorch (default: as it chooses)")
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write every single time there, too")
-    parser.add_argument("--quick", action="store_true", help="small sizes and two rounds: does it run?")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: does it run?")
     return parser
 
 
