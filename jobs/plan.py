@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.activations import BYTES, Activations, activation_memory
 from jobs.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 REDUCE_BUCKET = {0: 0, 1: 50_000_000, 2: 50_000_000, 3: 50_000_000}
 # Parameters that ZeRO 3 keeps gathered at a time at most (stage3_max_live_parameters).
 MAX_LIVE_PARAMETERS = 1_000_000_000
-BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,6 @@ class StageMemory:
     def states(self) -> int:
         """Everything that stays over a step."""
         return self.parameters + self.gradients + self.optimizer + self.buffers
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes that one worker keeps for the backward pass of one micro batch."""
-
-    full: int
-    checkpointed: int
 
 
 @dataclass(frozen=True)
@@ -184,54 +176,6 @@ def stage_memory(recipe: Recipe, size: ModelSize, stage: int) -> StageMemory:
         optimizer=round(per_state * (trained_part if stage >= 1 else trained)),
         buffers=round(width * (bucket + gathered)),
     )
-
-
-def activation_memory(recipe: Recipe, config: MMaDAConfig) -> Activations:
-    """Bytes that autograd keeps for one micro batch, counted tensor by tensor as in arXiv:2205.05198, section 4.1.
-
-    Per token, in elements, with width D, H heads and G key/value heads of size K, length T: a block keeps of its two
-    norms the input and the normalised states (4D, in 32 bits always) and the result (2D); queries and attention's
-    output (2HK), keys and values (2GK); and what ``feed_forward_bytes`` says. Eager attention, which repeats keys and
-    values and keeps its weights: 4HK + HT, the softmax in 32 bits besides. The head keeps its norm (2D in 32 bits, D)
-    and the logits' log-softmax (V in 32 bits). With checkpointing only the input (D) of each block stays, and one
-    block at a time is computed anew (arXiv:1604.06174). tests/jobs/test_plan.py compares with what autograd holds.
-    """
-    width, length = BYTES[recipe.train.precision], recipe.train.sequence_length
-    assert config.head_dim and config.num_key_value_heads and config.mlp_layer_types, "filled in by the config itself"
-    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    attention = width * (2 * heads + 2 * config.num_key_value_heads * config.head_dim)
-    if recipe.model.attn_implementation == "eager":
-        softmax = config.num_attention_heads * length
-        attention = width * (4 * heads + softmax) + (4 * softmax if width < 4 else 0)
-    norms = 4 * 4 * hidden + width * 2 * hidden
-    blocks = [norms + attention + feed_forward_bytes(recipe, config, kind) for kind in config.mlp_layer_types]
-    head = 4 * 2 * hidden + width * hidden + 4 * config.vocab_size
-    tokens = recipe.micro_batch * length
-    return Activations(
-        full=tokens * (sum(blocks) + head),
-        checkpointed=tokens * (width * hidden * len(blocks) + max(blocks) + head),
-    )
-
-
-def feed_forward_bytes(recipe: Recipe, config: MMaDAConfig, kind: str) -> int:
-    """Bytes that a feed-forward keeps per token.
-
-    Dense: gate, its SiLU, up and their product, 4F. Experts: for each of the k chosen, gate and up (2M) and the
-    output (D), all else being computed anew; where grouped matmul runs or tokens travel between workers, the SiLU, the
-    product (2M more) and the gathered input (D more) are kept too. Attention among them: the input, the output, its
-    norm, query, key, value, what is mixed and the sum, 8D for each chosen. S shared experts: 4SM. The router keeps
-    about 5E in 32 bits.
-    """
-    width = BYTES[recipe.train.precision]
-    if kind == "dense":
-        return width * 4 * config.intermediate_size
-    frugal = recipe.cluster.gpus_per_worker == 0 and recipe.cluster.expert_parallel == 1
-    per_expert = (2 if frugal else 4) * config.moe_intermediate_size + (1 if frugal else 2) * config.hidden_size
-    if config.cross_expert_attention:
-        per_expert += 8 * config.hidden_size
-    shared = width * 4 * config.num_shared_experts * config.moe_intermediate_size
-    router = 4 * 5 * config.num_experts + (4 * 2 * config.hidden_size if width < 4 else 0)
-    return width * config.num_experts_per_tok * per_expert + shared + router
 
 
 def batch_arithmetic(recipe: Recipe, train_tokens: int | None) -> BatchArithmetic:

@@ -67,7 +67,7 @@ def memory_table(plan: Plan) -> Table:
     else:
         other = f"with gradient checkpointing activations take {gib(plan.activations.checkpointed)}"
     host = "; optimizer states are in the host's memory" if train.offload_optimizer else ""
-    table.caption = f"{other}{host}; the process itself comes on top"
+    table.caption = f"{other}, {plan.activations.how}{host}; the process itself comes on top"
     return table
 
 

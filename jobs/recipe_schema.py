@@ -188,8 +188,9 @@ class ModelSection(Section):
     preset: Annotated[str, Field(min_length=1)]
     """A name out of ``mmada.presets.PRESETS``."""
 
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel: torch's fused one, or the plain formula that can return its weights."""
+    attn_implementation: Literal["sdpa", "eager", "blockwise", "flex_attention"] = "sdpa"
+    """Attention kernel: torch's fused one, the plain formula that can return its weights, ours in blocks (memory
+    linear in the length), or torch's FlexAttention for GPUs."""
 
     entropy_model: Annotated[str, Field(min_length=1)] | None = None
     """A trained small model of bytes for ``model.patches.mode`` entropy, monotonic or combined: a run's folder, a

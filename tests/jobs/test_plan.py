@@ -11,10 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from jobs.activations import activation_memory
 from jobs.plan import (
     Machine,
     ModelSize,
-    activation_memory,
     batch_arithmetic,
     find_machine,
     gib,
@@ -144,6 +144,24 @@ def test_activations_are_what_autograd_keeps(overrides: list[str]):
     recipe = single("model.preset=tiny", "model.num_experts=8", "train.global_batch=4", *overrides)
     estimate = activation_memory(recipe, checked_config(recipe)).full
     assert estimate == pytest.approx(bytes_kept_by_autograd(recipe, checkpointing=False), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.mixer_types=ssm,memory_gate", "model.num_hidden_layers=2", "model.num_experts=0"],
+        ["model.attn_implementation=blockwise", "model.qk_norm=true"],
+        ["model.patches.mode=static", "model.patches.local_size=96"],
+    ],
+    ids=["state space and memory", "blockwise attention", "byte patches"],
+)
+def test_activations_of_what_no_formula_knows_are_measured(overrides):
+    recipe = single("model.preset=tiny", "train.global_batch=4", *overrides)
+    found = activation_memory(recipe, checked_config(recipe))
+    assert found.how == "measured on one row"
+    assert found.full == pytest.approx(bytes_kept_by_autograd(recipe, checkpointing=False), rel=0.05)
+    block = found.checkpointed - bytes_kept_by_autograd(recipe, checkpointing=True)
+    assert 0 < block < found.full  # what stays, and one block
 
 
 def test_checkpointed_activations_are_what_autograd_keeps_and_one_block():

@@ -121,7 +121,7 @@ def test_workers_whose_sequences_differ_in_length(scope):
     for part, own_lengths in zip((slice(0, 12), slice(12, 32)), lengths, strict=True):
         own = [z[part].clone().requires_grad_() for z in layers]
         answers = iter([whole_load, torch.tensor([2.0])])
-        parts = router_losses(own, 2, [None] * 2, own_lengths, scope, lambda counts: next(answers))
+        parts = router_losses(own, 2, [None] * 2, own_lengths, scope, lambda counts, answers=answers: next(answers))
         sum(parts[:2]).backward()
         totals.append(sum(parts[:2]))
         gradients.append([z.grad / 2 for z in own])
