@@ -74,6 +74,11 @@ class SSMSettings:
                 f"ssm.time_step_min={self.time_step_min} is not between 0 and ssm.time_step_max={self.time_step_max}; "
                 "use 0.001 and 0.1"
             )
+        if not 0 < self.time_step_floor <= self.time_step_max:
+            raise ValueError(
+                f"ssm.time_step_floor={self.time_step_floor} is not between 0 and "
+                f"ssm.time_step_max={self.time_step_max}; use 0.0001"
+            )
 
     def inner_size(self, config: Any) -> int:
         """Width inside the layer."""

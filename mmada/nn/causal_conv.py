@@ -15,25 +15,28 @@ from transformers import initialization as init
 from mmada.config import MMaDAConfig
 from mmada.nn.blocks import blocks
 from mmada.nn.context import Context
+from mmada.nn.precision import wide
 
 
 def causal_conv_reference(x_BWC: Tensor, weight_CK: Tensor, bias_C: Tensor, same_BTK: Tensor | None = None) -> Tensor:
     """y_t = Σ_k weight_k x_{t-K+1+k} + bias, (B, T, C); input t is at column t + K - 1.
 
-    ``same_BTK``: False where the input under tap k of token t does not count.
+    ``same_BTK``: False where the input under tap k of token t does not count. Sums in float32 at least.
     """
-    taps_BTCK = x_BWC.unfold(1, weight_CK.shape[1], 1)
+    taps_BTCK = wide(x_BWC).unfold(1, weight_CK.shape[1], 1)
     if same_BTK is not None:
         taps_BTCK = taps_BTCK * same_BTK[:, :, None]
-    return (taps_BTCK * weight_CK).sum(-1) + bias_C
+    return ((taps_BTCK * weight_CK).sum(-1) + bias_C).to(x_BWC.dtype)
 
 
 def causal_conv(x_BWC: Tensor, weight_CK: Tensor, bias_C: Tensor, same_BTK: Tensor | None = None) -> Tensor:
-    """As ``causal_conv_reference``, block by block and without a copy for every tap; sums in float32 at least.
+    """As ``causal_conv_reference``, block by block and without a copy for every tap.
 
     Tokens stay in front of channels: torch's own convolution wants them the other way round, and its backward is slow
     on a processor.
     """
+    if x_BWC.shape[1] == weight_CK.shape[1]:  # a single token
+        return causal_conv_reference(x_BWC, weight_CK, bias_C, same_BTK)
     return _CausalConv.apply(x_BWC, weight_CK, bias_C, same_BTK)
 
 
@@ -42,7 +45,7 @@ class _CausalConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, same: Tensor | None) -> Tensor:
         batch, columns, channels = x.shape
         kernel = weight.shape[1]
-        taps_KC, wide_bias = _wide(weight.mT), _wide(bias)
+        taps_KC, wide_bias = wide(weight.mT), wide(bias)
         y = x.new_empty(batch, columns - kernel + 1, channels)
         for piece in blocks(y.shape[1], batch * channels, taps_KC):
             total = torch.addcmul(wide_bias, _under_tap(x, piece, 0, same), taps_KC[0])
@@ -58,10 +61,10 @@ class _CausalConv(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         kernel, same = weight.shape[1], ctx.same
-        taps_KC = _wide(weight.mT)
-        grad_x, grad_taps_KC, grad_bias = torch.zeros_like(_wide(x)), torch.zeros_like(taps_KC), _wide(bias) * 0
+        taps_KC = wide(weight.mT)
+        grad_x, grad_taps_KC, grad_bias = torch.zeros_like(wide(x)), torch.zeros_like(taps_KC), wide(bias) * 0
         for piece in blocks(grad_y.shape[1], x.shape[0] * x.shape[2], taps_KC):
-            grad = _wide(grad_y[:, piece])
+            grad = wide(grad_y[:, piece])
             grad_bias += grad.sum(dim=(0, 1))
             for k in range(kernel):
                 # Where the input did not count, neither does the gradient.
@@ -73,12 +76,8 @@ class _CausalConv(torch.autograd.Function):
 
 def _under_tap(x_BWC: Tensor, piece: slice, k: int, same_BTK: Tensor | None) -> Tensor:
     """What the tokens of ``piece`` have under tap k."""
-    inputs = _wide(x_BWC[:, piece.start + k : piece.stop + k])
+    inputs = wide(x_BWC[:, piece.start + k : piece.stop + k])
     return inputs if same_BTK is None else inputs * same_BTK[:, piece, k, None]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class CausalConv(nn.Module):

@@ -19,7 +19,9 @@ from mmada.config import MMaDAConfig
 from mmada.nn.cache import MMaDACache, State
 from mmada.nn.causal_conv import CausalConv
 from mmada.nn.context import Context
-from mmada.nn.scans import selective_scan, ssd
+from mmada.nn.precision import wide
+from mmada.nn.selective_scan import selective_scan
+from mmada.nn.ssd import ssd
 
 A_RANGE = (1.0, 16.0)  # of -A in Mamba-2 at the start, uniform
 
@@ -182,8 +184,3 @@ def init_time_step_bias(bias: Tensor, config: MMaDAConfig) -> None:
     dt = torch.empty_like(bias, dtype=torch.float32).uniform_(low, high).exp_()
     dt.clamp_(min=ssm.time_step_floor)
     init.copy_(bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
