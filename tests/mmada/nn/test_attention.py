@@ -158,12 +158,16 @@ def test_biased_positions_are_added_to_the_scores(position):
     assert_close(before - plain, bias / (2 if position == "relative" else 1), **CLOSE)
 
 
-@pytest.mark.parametrize("position", ["rope", "alibi", "relative"])
+@pytest.mark.parametrize(
+    ("kernel", "position", "persistent"),
+    [("sdpa", "rope", 0), ("sdpa", "alibi", 2), ("eager", "relative", 0), ("blockwise", "relative", 2)],
+)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_decoding_equals_one_forward_pass(kind, position):
+def test_decoding_equals_one_forward_pass(kind, kernel, position, persistent):
     """One row in pieces of odd sizes, and rows of different lengths, both longer than bands and blocks."""
-    layer, states = make_attention(kind, num_persistent=2, position_embedding_type=position), random_states(3, 100)
+    layer = make_attention(kind, kernel, num_persistent=persistent, position_embedding_type=position)
+    states = random_states(3, 100)
     full = run_mixer(layer, states)
     for cuts in ([37, 38, 39, 40], [1, 64], [63]):
         cache = MMaDACache(1)

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import mmada.nn.attention.blockwise as blockwise_module
 from mmada.model import MMaDAForCausalLM
 from mmada.nn.attention.choice import choose_kernel
+from mmada.nn.attention.scoring import Scoring
+from mmada.nn.masks import Visibility
 from mmada.presets import build_config
 from tests.mmada.nn.attention_layers import KINDS, make_attention, random_states, value_and_gradients
 from tests.mmada.nn.layers import make_context, run_mixer
@@ -50,6 +52,19 @@ def test_packed_documents_are_the_plain_formulas(kernel, kind):
         results.append(value_and_gradients(layer, random_states(2, 100), documents=documents_of(100)))
     for a, b in zip(*results, strict=True):
         assert_close(b, a, **CLOSE)
+
+
+def test_a_query_without_keys_gets_zeros_and_gives_no_gradient():
+    """Keys 3, 4 and 5 for the queries 2 and 5."""
+    visibility = Visibility(query_BT=torch.tensor([[2, 5]]), num_keys=3, past=2, past_B=torch.tensor([2]), offset=3)
+    query, key, value = (random_states(1, 2 * length, 4, seed=seed).view(1, 2, length, 4).requires_grad_()
+                         for seed, length in enumerate((2, 3, 3)))  # fmt: skip
+    mixed = blockwise_module.blockwise(query, key, value, visibility, Scoring(0.5))
+    mixed.sum().backward()
+    assert not mixed[:, 0].any() and not query.grad[:, :, 0].any()
+    expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, 1:], key, value)
+    assert_close(mixed[:, 1:], expected.transpose(1, 2), **CLOSE)
+    assert all(gradient.isfinite().all() for gradient in (query.grad, key.grad, value.grad))
 
 
 @pytest.mark.parametrize("kind", KINDS)

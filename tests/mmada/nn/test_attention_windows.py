@@ -48,19 +48,20 @@ def test_coverage_says_what_the_mask_says():
 
 def test_the_heads_of_each_scale_see_their_own_window():
     """Against the whole scores with a mask per head; the weights with forgotten keys in front, too."""
-    layer, states = make_attention("multiscale", "eager", window_sizes=[3, 40, -1, 9]), random_states(2, 70)
+    sizes = {"window_sizes": [3, 40, -1, 9], "position_embedding_type": "alibi"}
+    layer, states = make_attention("multiscale", "eager", **sizes), random_states(2, 70)
     distance = torch.arange(70)[:, None] - torch.arange(70)
     windows = torch.tensor([3, 40, 70, 9]).repeat_interleave(2)[:, None, None]
     per_head = (distance >= 0) & (distance < windows)
     context = make_context(layer.config, 2, 70)
     output, weights = layer(states, context, None)
     assert torch.equal(weights != 0, per_head.expand(2, -1, -1, -1))
-    plain = make_attention("attention", "eager")
+    plain = make_attention("attention", "eager", **sizes)
     plain_weights = plain(states, make_context(plain.config, 2, 70), None)[1]
     expected = plain_weights.masked_fill(~per_head, 0)
     assert_close(weights, expected / expected.sum(dim=-1, keepdim=True), **CLOSE)
     for kernel in ("sdpa", "blockwise"):
-        other = make_attention("multiscale", kernel, window_sizes=[3, 40, -1, 9])
+        other = make_attention("multiscale", kernel, **sizes)
         for a, b in zip(value_and_gradients(other, states), value_and_gradients(layer, states), strict=True):
             assert_close(a, b, **CLOSE)
     cache = MMaDACache(1)
