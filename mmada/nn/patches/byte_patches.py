@@ -125,7 +125,7 @@ class BytePatches(nn.Module):
         if self.entropy_model is None:
             return byte_classes(ids_BT) if own.mode == "space" else torch.zeros_like(ids_BT, dtype=torch.bool)
         if own.threshold is None:
-            raise ValueError("patches.threshold=null is not known yet; find one with threshold_for_size and set it")
+            raise ValueError("patches.threshold=null is not known yet; set it to what mmada train found for this text")
         valid_BT = context.valid_BT()
         with torch.no_grad():
             outputs = self.entropy_model(
