@@ -62,6 +62,9 @@ SWITCHES = (
     Switch("memory's forgetting", {"memory.forgetting": False}),
     Switch("memory's convolution", {"memory.convolution": False}),
     Switch("memory's persistent tokens", {"memory.num_persistent_tokens": 0}),
+    Switch("memory's gate by surprise", {"memory.gate": "continuous"}),
+    Switch("memory's limit on gradients", {"memory.max_gradient_norm": None}),
+    Switch("hashed byte n-grams", {"patches.hash_sizes": []}),
     Switch("byte patches", {"patches.mode": "none"}),
 )
 

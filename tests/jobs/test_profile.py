@@ -136,7 +136,7 @@ def test_every_switch_leaves_one_thing_out():
         num_shared_experts=1, cross_expert_attention=True, cross_expert_heads=4, router_bias_update_rate=1e-3,
         router_normalizer="sparsemax", attention_normalizer="sparsemax", attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0, attention_dropout=0.1, embedding_dropout=0.1, position_embedding_type="alibi",
-        patches={"mode": "static", "local_size": 32},
+        patches={"mode": "static", "local_size": 32}, memory={"gate": "hard"},
     )  # fmt: skip
     switches = switches_in_use(config)
     assert [switch.name for switch in switches][:4] == [f"{kind} layers (attention)" for kind in kinds[1:]]
