@@ -31,13 +31,17 @@ class MMaDAConfig(PreTrainedConfig):
     ``hidden_act``: ``"silu"`` (SwiGLU) or ``"gelu_pytorch_tanh"`` (GeGLU), of every feed-forward but routed experts.
     ``position_embedding_type``: ``"rope"``, ``"alibi"``, ``"relative"`` (learned, T5 buckets) or ``"none"``.
     ``relative_attention_num_buckets``, ``relative_attention_max_distance``: as in T5.
+    ``rope_parameters``: as in transformers; ``rope_type`` may also be ``"ntk"``, with a ``factor``.
     ``relative_bias_scaling``: ``"after"`` adds the learned bias to the scaled scores, ``"before"`` scales it with them.
     ``sliding_window``: keys that a ``window`` layer sees, the token itself among them.
     ``window_sizes``: of a ``multiscale`` layer, one per group of heads; -1 sees everything.
     ``sparse_block_size``, ``sparse_window_blocks``, ``sparse_global_blocks``, ``sparse_random_blocks``: of ``sparse``.
-    ``attn_logit_softcapping``, ``final_logit_softcapping``: c·tanh(x/c) on scores and on logits, as in Gemma 2.
+    ``attn_logit_softcapping``, ``final_logit_softcapping``: c·tanh(x/c) on scores (before any bias) and on logits, as
+        in Gemma 2.
     ``qk_norm``: RMSNorm of each query and key head before rotation, as in Gemma 3 and Qwen 3.
     ``attention_normalizer``: ``"softmax"`` or ``"sparsemax"``.
+    ``attn_implementation``: the kernel; what each can do beside, and which stands in, is in
+        ``mmada.nn.attention.choice``.
     ``ssm``, ``hybrid``, ``memory``, ``patches``: sections for these parts, see ``mmada.config_parts``.
     ``num_experts``, ``num_experts_per_tok``, ``moe_intermediate_size``: size of the mixture of experts.
     ``norm_topk_prob``: weights of the chosen experts are renormalised to sum to one.

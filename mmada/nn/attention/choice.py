@@ -1,4 +1,9 @@
-"""Which kernel computes attention, by what was asked for and what the model needs. Imports no torch."""
+"""Which kernel computes attention, by what was asked for and what the model needs. Imports no torch.
+
+``attend`` departs from it twice, where another does the same cheaper: a bias at all scores of a long row goes
+``blockwise`` instead of ``sdpa``, and the tiles of block-sparse layers go through ``sdpa`` (with a cap ``eager``)
+instead of ``blockwise``.
+"""
 
 from __future__ import annotations
 
