@@ -81,7 +81,7 @@ def load_entropy_model(model: MMaDAForCausalLM, folder: str) -> None:
 
 
 def settle_threshold(model: MMaDAForCausalLM, rows: PackedRows, saved: Path | None) -> list[str]:
-    """Find the threshold that gives patches of ``patches.size`` bytes on the first training rows, if it is null.
+    """Find the threshold that gives patches of ``patches.size`` bytes on a sample of the training rows, if it is null.
 
     ``saved``: the model's folder in the checkpoint that the run goes on from, which knows it already. Returns what
     there is to say. Raises ClusterError where no threshold gives that size.
@@ -104,7 +104,7 @@ def settle_threshold(model: MMaDAForCausalLM, rows: PackedRows, saved: Path | No
 
 
 def sample_entropies(model: MMaDAForCausalLM, rows: PackedRows) -> tuple[Tensor, Tensor]:
-    """Number in its document, and entropy after it, of each byte in the first training rows; (rows, T) both."""
+    """Number in its document, and entropy after it, of each byte in rows spread evenly over the text; (rows, T)."""
     import numpy as np
     import torch
 
@@ -112,10 +112,11 @@ def sample_entropies(model: MMaDAForCausalLM, rows: PackedRows) -> tuple[Tensor,
 
     assert model.model.patches is not None and model.model.patches.entropy_model is not None
     entropy_model, length = model.model.patches.entropy_model, rows.sequence_length
-    num_rows = max(1, min(len(rows) - 1, SAMPLE_BYTES // length))  # the last row is filled up with padding
+    whole = max(1, len(rows) - 1)  # the last row is filled up with padding
+    chosen = np.unique(np.linspace(0, whole - 1, max(1, SAMPLE_BYTES // length)).astype(np.int64))
     per_pass, index, entropy = max(1, PIECE_BYTES // length), [], []
-    for first in range(0, num_rows, per_pass):
-        batch = rows.batch(np.arange(first, min(first + per_pass, num_rows)))
+    for first in range(0, len(chosen), per_pass):
+        batch = rows.batch(chosen[first : first + per_pass])
         ids, positions = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
         with torch.no_grad():
             logits = entropy_model(input_ids=ids, position_ids=positions, use_cache=False).logits

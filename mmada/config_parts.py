@@ -173,7 +173,7 @@ class PatchSettings:
         the entropy in nats of the next byte under a small byte model: ``"entropy"`` (above ``threshold``),
         ``"monotonic"`` (a rise above ``threshold``), ``"combined"`` (a rise above ``threshold_add`` to an entropy
         above ``threshold``). ``max_size``: longest patch, 0 for any.
-    ``threshold``: null in a recipe finds the one that gives ``size`` bytes per patch on its first training rows.
+    ``threshold``: null in a recipe finds the one that gives ``size`` bytes per patch on a sample of its training text.
     ``entropy_model``: the config of that small model, an ``MMaDAConfig`` as a dictionary. A recipe fills it in from
         the folder ``model.entropy_model``.
     ``local_size``, ``encoder_layers``, ``decoder_layers``, ``local_heads``, ``local_window``: the byte-level
