@@ -93,6 +93,16 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "sparse-ssm-window": {"mixer_types": "sparse,ssm,window", "num_hidden_layers": 3},
     "all-kinds": {"mixer_types": list(MIXER_TYPES), "num_hidden_layers": len(MIXER_TYPES)},
 }
+VARIANTS = (
+    "ssm-selective",
+    "hybrid-source-window",
+    "experts-together",
+    "alibi-capped",
+    "relative",
+    "no-positions-sparsemax",
+    "patches-static-experts",
+    "sparse-ssm-window",
+)
 
 
 def config_of(name: str, **overrides: Any):
@@ -128,3 +138,5 @@ def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
 
 
 every_mixture = pytest.mark.parametrize("name", MIXTURES)
+# For what does not depend on how a kind of layer is set: files, adapters, hooks.
+every_kind = pytest.mark.parametrize("name", [name for name in MIXTURES if name not in VARIANTS])

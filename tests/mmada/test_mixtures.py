@@ -1,5 +1,7 @@
 """Every mixture of layers computes the same, however its tokens reach it: at once, in pieces, padded, packed."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -211,36 +213,32 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 
 
 @every_mixture
-def test_training_lowers_the_loss_at_every_precision(name):
-    tokens = random_ids(2, 12)
-    for dtype in (torch.float32, torch.bfloat16):
-        model, losses = make_mixture(name, dtype).train(), []
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for step in range(6):
-            optimizer.zero_grad()
-            loss = model(tokens, labels=tokens, sample_ids=torch.arange(2) + step, use_cache=False).loss
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0] - 0.1, (dtype, losses)
-        assert all(p.isfinite().all() for p in model.parameters())
+def test_training_in_half_precision_lowers_the_loss(name):
+    model, tokens, losses = make_mixture(name, torch.bfloat16).train(), random_ids(2, 10), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = model(tokens, labels=tokens, sample_ids=torch.arange(2) + step, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1, losses
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 @every_mixture
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision_is_finite_and_close(name, dtype):
+def test_half_precision_is_finite_and_close(name):
     """Measured by the spread of the logits, in pieces as well as at once."""
     model, tokens = make_mixture(name, torch.float32), random_ids(2, 12)
     expected = model(tokens).logits
-    model.to(dtype)
-    mask = torch.ones_like(tokens)
-    for logits in (model(tokens).logits, feed(model, tokens, [5, 6, 11])[0], model(tokens, attention_mask=mask).logits):
-        assert logits.dtype == dtype and logits.isfinite().all()
-        if model.config.patches.needs_entropy_model:
-            continue  # rounding may move the end of a patch
-        error = (logits.float() - expected).pow(2).mean().sqrt() / expected.std()
-        assert error < (0.1 if dtype is torch.bfloat16 else 0.02)
+    for dtype, most in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        half = copy.deepcopy(model).to(dtype)
+        for logits in (half(tokens).logits, feed(half, tokens, [5, 6, 11])[0]):
+            assert logits.dtype == dtype and logits.isfinite().all()
+            error = (logits.float() - expected).pow(2).mean().sqrt() / expected.std()
+            # An entropy that is rounded may move the end of a patch.
+            assert error < most or model.config.patches.needs_entropy_model
 
 
 @every_mixture
