@@ -270,9 +270,10 @@ def measure_in_pairs(full: Contender, models: list[Contender], rounds: int) -> l
 
         return step
 
+    if not models:
+        return measure_in_turns([full], rounds)
     pairs = in_turns({model.name: pair(model) for model in models}, rounds)
-    beside = [full_passes for taken in pairs.values() for _, full_passes in taken]
-    costs = [counted(full, beside or [passes_of(full) for _ in range(rounds)])]
+    costs = [counted(full, [beside for taken in pairs.values() for _, beside in taken])]
     for model in models:
         own, other = zip(*pairs[model.name], strict=True)
         costs.append(replace(counted(model, list(own)), beside=list(other)))

@@ -18,7 +18,7 @@ from jobs.plan_report import table_of
 from jobs.profile import Cost, Profile
 from mmada.plots.cost import cost_figure
 
-WIDTH = 116
+WIDTH = 120
 
 
 def publish(profile: Profile, tracker: Tracker, terminal: TextIO, scratch: Path, json_file: Path | None) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from jobs import cli
 from jobs.bench.counting import count_flops
-from jobs.profile import FULL, counted, part_contender, settle_threshold
+from jobs.profile import FULL, contender_of, counted, measure_in_pairs, part_contender, settle_threshold
 from jobs.profile_parts import Part, take_apart
 from jobs.profile_switches import SWITCHES, all_off, config_without, setting, switches_in_use
 from mmada.model import MMaDAForCausalLM
@@ -183,6 +183,17 @@ def test_a_profile_is_printed_written_and_recorded(tmp_path: Path, capfd: pytest
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"profile.txt", "profile.json"}
     assert [file.path for file in client.list_artifacts(run.info.run_id, "figures")] == ["figures/profile.png"]
     assert not (tmp_path / "debug").exists()  # no run folder is made, and none is asked for
+
+
+def test_models_are_timed_beside_the_full_one():
+    batch = make_batch()
+    full, smaller = (contender_of(str(experts), make_model(num_experts=experts), batch) for experts in (4, 0))
+    (alone,) = measure_in_pairs(full, [], rounds=2)  # a model of which nothing can be switched off
+    assert (alone.name, len(alone.passes), alone.beside) == ("4", 2, [])
+    both = measure_in_pairs(full, [smaller, full], rounds=2)
+    assert [len(cost.passes) for cost in both] == [4, 2, 2]
+    assert sorted(both[1].beside + both[2].beside) == sorted(both[0].passes)
+    assert all(parameter.grad is None for parameter in [*full.used, *smaller.used])
 
 
 @pytest.mark.parametrize(

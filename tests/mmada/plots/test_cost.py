@@ -1,5 +1,7 @@
 """The figure of costs shows every number at its name."""
 
+import io
+
 from mmada.plots.cost import cost_figure
 
 
@@ -13,3 +15,9 @@ def test_every_measure_has_its_bars():
     first = figure.axes[0]
     assert [label.get_text() for label in first.get_yticklabels()] == ["mixer", "head"]
     assert first.yaxis_inverted()  # the first row on top, as in the table
+
+
+def test_a_model_of_which_nothing_can_be_left_out():
+    figure = cost_figure({"head": {"ms": 1.0}}, {}, "costs")
+    assert [len(axes.patches) for axes in figure.axes] == [1, 0]
+    figure.savefig(io.BytesIO())
