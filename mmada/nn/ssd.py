@@ -34,7 +34,7 @@ def ssd_reference(
     D_H: Tensor,
     state_BHPN: Tensor | None = None,
     starts_BT: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of Mamba-2 (arXiv:2405.21060), token by token; head h reads group h // (H / G).
 
@@ -63,7 +63,7 @@ def ssd(
     D_H: Tensor,
     state_BHPN: Tensor | None = None,
     starts_BT: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """As ``ssd_reference``, in chunks: inside one by matrix products, from one to the next by the recurrence.
 
@@ -130,9 +130,10 @@ class _SSD(torch.autograd.Function):
         for piece in _chunk_blocks(x):
             chunk = _Chunks(piece, x, dt, B, C, A, starts)
             added_BZGNX = chunk.B_BZGQN.mT @ chunk.by_group(chunk.u_BZQHP * chunk.to_end_BZQH1)
-            for z in range(piece.start, piece.stop):
-                added_BGNX, through_BGX = added_BZGNX[:, z - piece.start], chunk.through_BZGX[:, z - piece.start]
-                states_BZGNX[:, z + 1] = torch.addcmul(added_BGNX, through_BGX[:, :, None], states_BZGNX[:, z])
+            around = states_BZGNX[:, piece.start : piece.stop + 1].unbind(1)
+            parts = zip(added_BZGNX.unbind(1), chunk.through_BZG1X.unbind(1), around, around[1:], strict=False)
+            for added_BGNX, through_BG1X, before_BGNX, after_BGNX in parts:
+                torch.addcmul(added_BGNX, through_BG1X, before_BGNX, out=after_BGNX)
             recalled = chunk.by_head(chunk.C_BZGQN @ states_BZGNX[:, piece])
             inside = (chunk.weights_BZHQQ().mT @ chunk.u_BZQHP.transpose(2, 3)).transpose(2, 3)
             y[:, piece] = inside.addcmul_(recalled, chunk.from_start_BZQH1).addcmul_(D[:, None], x[:, piece])
@@ -167,7 +168,7 @@ class _Chunks:
         self.from_start_BZQH1 = from_start_BZHQ.transpose(2, 3)[..., None]
         self.to_end_BZQH1 = self.decay_BZHQQ[..., -1].transpose(2, 3)[..., None].clone()
         through_BZHP = from_start_BZHQ[..., -1:].expand(-1, -1, -1, x.shape[4])
-        self.through_BZGX = through_BZHP.flatten(2).unflatten(2, (self.num_groups, -1))
+        self.through_BZG1X = through_BZHP.flatten(2).unflatten(2, (self.num_groups, 1, -1))
 
     def weights_BZHQQ(self) -> Tensor:
         """Attention of targets to sources. Takes the place of ``decay_BZHQQ``."""
@@ -210,10 +211,13 @@ def _ssd_backward(
         grad_recalled_BZQHP = grad_y_BZQHP * chunk.from_start_BZQH1
         grad_recalled_BZGQX = chunk.by_group(grad_recalled_BZQHP)
         from_targets_BZGNX = chunk.C_BZGQN.mT @ grad_recalled_BZGQX
-        grad_after_BZGNX = torch.empty_like(from_targets_BZGNX)
-        for z in reversed(range(from_targets_BZGNX.shape[1])):
-            grad_after_BZGNX[:, z] = grad_state
-            grad_state = torch.addcmul(from_targets_BZGNX[:, z], chunk.through_BZGX[:, z, :, None], grad_state)
+        grad_states_BZGNX = pad(from_targets_BZGNX, (0, 0) * 3 + (0, 1))
+        grad_states_BZGNX[:, -1] = grad_state
+        around = grad_states_BZGNX.unbind(1)
+        parts = zip(chunk.through_BZG1X.unbind(1), around, around[1:], strict=False)
+        for through_BG1X, grad_before_BGNX, grad_after_BGNX in reversed(list(parts)):
+            grad_before_BGNX.addcmul_(through_BG1X, grad_after_BGNX)
+        grad_state, grad_after_BZGNX = grad_states_BZGNX[:, 0], grad_states_BZGNX[:, 1:]
         kept_BZGQX = chunk.by_group(u * chunk.to_end_BZQH1)
         grad_u_BZQHP = chunk.by_head(chunk.B_BZGQN @ grad_after_BZGNX) * chunk.to_end_BZQH1
 
@@ -222,7 +226,7 @@ def _ssd_backward(
         recalled_BZQHP = chunk.by_head(chunk.C_BZGQN @ before_BZGNX)
         to_target_BZQH = (recalled_BZQHP * grad_recalled_BZQHP).sum(-1)
         from_source_BZQH = (u * grad_u_BZQHP).sum(-1)
-        over_BZGX = (before_BZGNX * grad_after_BZGNX).sum(3) * chunk.through_BZGX
+        over_BZGX = (before_BZGNX * grad_after_BZGNX).sum(3) * chunk.through_BZG1X[:, :, :, 0]
         grad_log_decay_BZQH = over_BZGX.flatten(2).unflatten(2, (x.shape[3], -1)).sum(-1)[:, :, None]
         grad_log_decay_BZQH = grad_log_decay_BZQH + to_target_BZQH.flip(2).cumsum(2).flip(2)
         grad_log_decay_BZQH[:, :, 1:] += from_source_BZQH[:, :, :-1].cumsum(2)

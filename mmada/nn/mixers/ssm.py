@@ -73,6 +73,12 @@ class SelectiveScanCore(nn.Module):
         self.D = nn.Parameter(torch.empty(inner))
         self.init_own_weights(config)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Mark A, also where it is a new one from a checkpoint: its logarithm is no matrix to be decayed towards 0."""
+        super().register_parameter(name, param)
+        if name == "A_log" and param is not None:
+            setattr(param, "_no_weight_decay", True)
+
     def init_own_weights(self, config: MMaDAConfig) -> None:
         numbers_N = torch.arange(1, self.A_log.shape[1] + 1, dtype=torch.float32, device=self.A_log.device)
         init.copy_(self.A_log, numbers_N.log().expand_as(self.A_log))

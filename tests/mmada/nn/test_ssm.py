@@ -146,6 +146,15 @@ def test_starting_values_are_the_papers():
             assert core.dt_proj.weight.abs().max() <= 4**-0.5 and core.dt_proj.weight.std() > 0.25
 
 
+def test_decay_rates_are_marked_as_free_of_weight_decay_after_loading_too(tmp_path):
+    config = build_config("debug", mixer_types="ssm", ssm={"form": "selective_scan"})
+    model = MMaDAForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    for each in (model, MMaDAForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
+        marked = [name for name, p in each.named_parameters() if getattr(p, "_no_weight_decay", False)]
+        assert marked == [f"model.layers.{layer}.mixer.core.A_log" for layer in range(2)]
+
+
 @pytest.mark.parametrize(
     ("section", "said"),
     [
