@@ -238,8 +238,8 @@ def build_parser() -> Parser:
     each = add("bench", "measure, and print the numbers")
     each.add_argument("name", metavar="NAME", help=f"one of: {', '.join(bench_names())}; its own arguments follow")
 
-    each = add("study", "train variants of a recipe with several seeds and say what can be told apart")
-    each.add_argument("name", metavar="NAME", help="positions, memory, recall or experts; its own arguments follow")
+    each = add("study", "compare variants of a recipe over several seeds")
+    each.add_argument("name", metavar="NAME", help="positions, memory, recall, experts or patches")
 
     each = add("doctor", "show what this machine has, what is missing and how to get it")
     each.add_argument("--deep", action="store_true", help="start Ray and write to an MLflow store, too")

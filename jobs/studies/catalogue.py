@@ -87,4 +87,25 @@ EXPERTS = Study(
     lower_is_better=True,
 )
 
-STUDIES: dict[str, Study] = {"positions": POSITIONS, "memory": MEMORY, "recall": RECALL, "experts": EXPERTS}
+PATCHES = Study(
+    title="Bytes in patches of about 4, cut where the text is hard to guess or by counting",
+    recipe="bytes",
+    task=TextTask(lengths=(256,), count_patches=True),
+    variants={
+        "entropy": ["model.patches.mode=entropy", "model.entropy_model={first}"],
+        "static": ["model.patches.mode=static"],
+        "words": ["model.patches.mode=space"],
+    },
+    claims=[Claim("entropy", "static", "at 256"), Claim("entropy", "words", "at 256")],
+    lower_is_better=True,
+    common=["train.steps=400", "train.warmup_steps=40"],
+    first="entropy-model",
+)
+
+STUDIES: dict[str, Study] = {
+    "positions": POSITIONS,
+    "memory": MEMORY,
+    "recall": RECALL,
+    "experts": EXPERTS,
+    "patches": PATCHES,
+}

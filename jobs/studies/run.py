@@ -24,6 +24,7 @@ from jobs.recipe_checks import check
 from jobs.studies.catalogue import STUDIES
 from jobs.studies.intervals import Interval, interval, verdict
 from jobs.studies.study import Claim, Study, TextTask
+from jobs.studies.trial import Trial, run_trial, save_untrained, train_first
 
 Results = dict[str, dict[int, dict[str, float]]]  # variant, seed, measure
 
@@ -46,12 +47,23 @@ def run(name: str, arguments: list[str]) -> int:
 def carry_out(study: Study, seeds: int, processes: int, options: Any, console: Console) -> None:
     """Train and measure all trials, and show what was found; ``options`` has ``json`` and ``overrides``."""
     overrides = options.overrides
-    for variant in study.variants:
-        check(load_recipe(study.recipe, [*study.overrides(variant, 0), *overrides]))
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="mmada-study-") as scratch:
+        first = Path(scratch) / "first"
+        if study.first:
+            save_untrained(load_recipe(study.first), first)  # so that what names it can be checked
+        for variant in study.variants:
+            check(load_recipe(study.recipe, [*study.overrides(variant, 0, str(first)), *overrides]))
         prepared = _prepare(study, overrides, Path(scratch))
-        results = _trials(study, seeds, processes, overrides, prepared, console)
+        if study.first:
+            console.print(f"training {study.first}, which the variants need …")
+            train_first(load_recipe(study.first, _data_keys(overrides)), Path(prepared or ""), first)
+        trials = [
+            Trial(study, variant, seed, overrides, prepared, str(first))
+            for seed in range(seeds)
+            for variant in study.variants
+        ]
+        results = _run_trials(study, trials, processes, console)
     minutes = (time.perf_counter() - started) / 60
     console.print(results_table(study, results))
     console.print(claims_table(study, results))
@@ -77,26 +89,23 @@ def _prepare(study: Study, overrides: list[str], scratch: Path) -> str | None:
     return str(prepare(text_source(recipe), tokenizer, scratch, held_out=recipe.data.held_out).folder)
 
 
-def _trials(
-    study: Study, seeds: int, processes: int, overrides: list[str], prepared: str | None, console: Console
-) -> Results:
-    from jobs.studies.trial import run_trial
+def _data_keys(overrides: list[str]) -> list[str]:
+    """What is set of the text, which the model trained first reads too."""
+    return [override for override in overrides if override.startswith("data.")]
 
-    wanted = [(variant, seed) for seed in range(seeds) for variant in study.variants]
+
+def _run_trials(study: Study, trials: list[Trial], processes: int, console: Console) -> Results:
     results: Results = {variant: {} for variant in study.variants}
-    console.print(f"{study.title}: {len(wanted)} trials, {processes} at a time")
+    console.print(f"{study.title}: {len(trials)} trials, {processes} at a time")
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
-        running = {
-            pool.submit(run_trial, study, variant, seed, overrides, prepared): (variant, seed)
-            for variant, seed in wanted
-        }
+        running = {pool.submit(run_trial, trial): trial for trial in trials}
         try:
             for done, future in enumerate(as_completed(running), start=1):
-                variant, seed = running[future]
-                results[variant][seed] = future.result()
-                shown = ", ".join(f"{name} {results[variant][seed][name]:.3f}" for name in study.task.measures())
-                console.print(f"  {done}/{len(wanted)}  {variant}, seed {seed}: {shown}")
+                trial, found = running[future], future.result()
+                results[trial.variant][trial.seed] = found
+                shown = ", ".join(f"{name} {found[name]:.3f}" for name in study.task.measures())
+                console.print(f"  {done}/{len(trials)}  {trial.variant}, seed {trial.seed}: {shown}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():

@@ -19,9 +19,11 @@ class TextTask:
     lengths: tuple[int, ...]
     held_out_tokens: int = 32768
     unit: str = "held-out bits per byte"
+    count_patches: bool = False
 
     def measures(self) -> list[str]:
-        return [f"at {length}" for length in self.lengths]
+        """Names of what is measured; with ``count_patches`` also how many bytes the patches have."""
+        return [f"at {length}" for length in self.lengths] + ["bytes per patch"] * self.count_patches
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class RecallTaskSetting:
     unit: str = "share of right answers"
 
     def measures(self) -> list[str]:
+        """Names of what is measured."""
         return [f"at {length}" for length in self.lengths]
 
 
@@ -69,7 +72,8 @@ class Study:
     """One comparison.
 
     ``recipe``: name of a shipped recipe. ``variants``: overrides by name. ``lower_is_better``: of its measures.
-    ``claims``: what is said elsewhere and checked here. ``same``: what all variants have in common, for the reader.
+    ``claims``: what is said elsewhere and checked here. ``common``: overrides of all variants. ``first``: name of a
+    recipe that is trained before, once; ``{first}`` in an override stands for the folder of its model.
     """
 
     title: str
@@ -79,7 +83,9 @@ class Study:
     claims: Sequence[Claim]
     lower_is_better: bool
     common: Sequence[str] = field(default_factory=tuple)
+    first: str | None = None
 
-    def overrides(self, variant: str, seed: int) -> list[str]:
-        """Everything that is set after the recipe's name for one trial."""
-        return [*self.common, *self.variants[variant], f"run.seed={seed}"]
+    def overrides(self, variant: str, seed: int, first: str = "") -> list[str]:
+        """Everything that is set after the recipe's name; ``first``: folder of the model that was trained first."""
+        keys = [*self.common, *self.variants[variant], f"run.seed={seed}"]
+        return [key.replace("{first}", first) for key in keys]

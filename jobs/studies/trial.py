@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from jobs.bare_loop import BareLoop, text_batches
+from jobs.entropy_model import settle_threshold
+from jobs.model_building import build_model
 from jobs.recipe import Recipe, load_recipe
 from jobs.studies.study import RecallTaskSetting, Study, TextTask
-from mmada.data import open_prepared
+from mmada.data import load_tokenizer, open_prepared
 from mmada.data.recall import RecallTask
 from mmada.model import MMaDAForCausalLM, count_parameters
 
 EVALUATION_SEED = 2**31  # above every seed of a trial
 
 
-def run_trial(study: Study, variant: str, seed: int, overrides: list[str], prepared: str | None) -> dict[str, float]:
+@dataclass(frozen=True)
+class Trial:
+    """One variant with one seed; ``overrides`` come after its own. ``prepared``: folder of the text, if there is one.
+
+    ``first``: folder of the model that the study trains first.
+    """
+
+    study: Study
+    variant: str
+    seed: int
+    overrides: list[str]
+    prepared: str | None
+    first: str
+
+    def recipe(self) -> Recipe:
+        keys = [*self.study.overrides(self.variant, self.seed, self.first), *self.overrides]
+        return load_recipe(self.study.recipe, keys)
+
+
+def run_trial(trial: Trial) -> dict[str, float]:
     """Train and measure; every measure by name, and ``parameters``, ``loss`` of the last steps beside them.
 
-    ``overrides`` come after the variant's own. Runs with one thread, so that trials can share a machine.
+    Runs with one thread, so that trials can share a machine.
     """
     torch.set_num_threads(1)
-    recipe = load_recipe(study.recipe, [*study.overrides(variant, seed), *overrides])
-    folder = None if prepared is None else Path(prepared)
+    study, recipe = trial.study, trial.recipe()
+    folder = None if trial.prepared is None else Path(trial.prepared)
     loop = BareLoop(recipe, _batches(study.task, recipe, folder))
+    if folder is not None:
+        settle_threshold(loop.model, open_prepared(folder).train.rows(recipe.train.sequence_length), None)
     losses = [loop.step(step)[0] for step in range(recipe.train.steps)]
     model = loop.model.eval()
     measured = _measure_text(study.task, model, folder) if folder else _measure_recall(study.task, model, recipe)
@@ -53,16 +77,20 @@ def _recall(task: Any, length: int) -> RecallTask:
 def _measure_text(task: Any, model: MMaDAForCausalLM, prepared: Path) -> dict[str, float]:
     """Held-out bits per byte at every length, over the same tokens."""
     stream, measured = open_prepared(prepared).held_out, {}
-    for length, name in zip(task.lengths, task.measures(), strict=True):
+    for length, name in zip(task.lengths, task.measures(), strict=False):
         rows = stream.rows(length)
         count = min(len(rows), task.held_out_tokens // length)
         per_pass = max(1, 4096 // length)
-        nats = targets = 0.0
+        nats, targets, patches = 0.0, 0.0, 0.0
         for first in range(0, count, per_pass):
             batch = rows.batch(range(first, min(first + per_pass, count)))  # type: ignore[arg-type]
-            nats += model(**batch, num_items_in_batch=1, use_cache=False).lm_loss.item()
-            targets += (batch["shift_labels"] != -100).sum().item()
+            output = model(**batch, num_items_in_batch=1, use_cache=False)
+            nats += output.lm_loss.item()
+            targets += float((batch["shift_labels"] != -100).sum())
+            patches += float(output.num_patches.sum()) if task.count_patches else 0.0
         measured[name] = nats / (math.log(2) * stream.num_bytes * targets / rows.num_targets)
+        if task.count_patches:
+            measured["bytes per patch"] = targets / patches
     return measured
 
 
@@ -76,7 +104,21 @@ def _measure_recall(task: Any, model: MMaDAForCausalLM, recipe: Recipe) -> dict[
             batch = _recall(task, length).batch(EVALUATION_SEED + recipe.run.seed, step, 32)
             labels = batch["shift_labels"]
             answers = model(batch["input_ids"], use_cache=False).logits.argmax(dim=-1)
-            right += ((answers == labels) & (labels != -100)).sum().item()
-            asked += (labels != -100).sum().item()
+            right += int(((answers == labels) & (labels != -100)).sum())
+            asked += int((labels != -100).sum())
         measured[name] = right / asked
     return measured
+
+
+def save_untrained(recipe: Recipe, folder: Path) -> None:
+    """The recipe's model as it is before training, as a Hugging Face folder."""
+    build_model(recipe).save_pretrained(folder)
+    load_tokenizer(recipe.data.tokenizer).save_pretrained(folder)
+
+
+def train_first(recipe: Recipe, prepared: Path, folder: Path) -> None:
+    """Train the recipe's model on prepared text and put its weights into ``folder``."""
+    loop = BareLoop(recipe, text_batches(recipe, prepared))
+    for step in range(recipe.train.steps):
+        loop.step(step)
+    loop.model.save_pretrained(folder)
