@@ -77,7 +77,7 @@ class SelectiveScanCore(nn.Module):
         """Mark A, also where it is a new one from a checkpoint: its logarithm is no matrix to be decayed towards 0."""
         super().register_parameter(name, param)
         if name == "A_log" and param is not None:
-            setattr(param, "_no_weight_decay", True)
+            param._no_weight_decay = True  # type: ignore[attr-defined]
 
     def init_own_weights(self, config: MMaDAConfig) -> None:
         numbers_N = torch.arange(1, self.A_log.shape[1] + 1, dtype=torch.float32, device=self.A_log.device)
