@@ -66,7 +66,7 @@ WRONG_RECIPES = [
     (["model.num_experts=four"], ["model.num_experts='four'", "write a whole number"]),
     (["model.router_noise=1"], ["model.router_noise=1", "write true or false"]),
     (["model.rope_parameters=5"], ["model.rope_parameters=5", "write "]),
-    (["model.rope_parameters={rope_type: linear}"], ["model.rope_parameters=", "'factor'", "use other values"]),
+    (["model.rope_parameters={rope_type: linear}"], ["model.rope_parameters.rope_type=linear", "factor; add it"]),
     # ranges
     (["train.steps=-5"], ["train.steps=-5", "use at least 1"]),
     (["train.zero_stage=4"], ["train.zero_stage=4", "use 0 to 3"]),
@@ -78,7 +78,7 @@ WRONG_RECIPES = [
     (["run.seed=-1"], ["run.seed=-1", "use at least 0 and less than"]),
     (["train.beta2=1.0"], ["train.beta2=1.0", "use at least 0 and less than 1"]),
     (["train.precision=fp8"], ["train.precision='fp8'", "use fp32 or bf16"]),
-    (["model.attn_implementation=flash"], ["model.attn_implementation='flash'", "use sdpa or eager"]),
+    (["model.attn_implementation=flash"], ["model.attn_implementation='flash'", "use sdpa, eager, blockwise or flex"]),
     (["run.name=a/b"], ["run.name='a/b'", "use letters, digits"]),
     (["run.name=.."], ["run.name='..'", "use letters, digits"]),
     (["run.name="], ["run.name=null", "write text"]),
@@ -134,7 +134,10 @@ WRONG_RECIPES = [
     (["train.steps"], ["override=train.steps", "write section.key=value"]),
     (["steps=5"], ["override=steps=5", "write train.steps=5"]),
     (["train.steps=[1"], ["override=train.steps=[1", "mend it there"]),
-    (["model.rope_parameters.rope_theta=5"], ["override=model.rope_parameters.rope_theta=5", "set it whole"]),
+    (["train.steps.more=5"], ["override=train.steps.more=5", "set it whole"]),
+    (["model.ssm.state_sice=5"], ["model.ssm.state_sice is not a field", "ssm has form, state_size"]),
+    (["model.mixer_types=ssm", "model.ssm.state_size=0"], ["model.ssm.state_size=0", "use 1 or more"]),
+    (["model.mixer_types=[ssm, atention]"], ["model.mixer_types holds 'atention'", "use 'attention'"]),
 ]  # fmt: skip
 
 
@@ -159,7 +162,7 @@ WRONG_COMMANDS = [
     (["fly"], ["verb=fly", "use train, plan, export"]),
     (["train"], ["RECIPE is missing", "see mmada train --help"]),
     (["train", "debgu"], ["recipe=debgu", "did you mean debug?"]),
-    (["train", "no/such.yaml"], ["recipe=no/such.yaml", "give a YAML file, or debug"]),
+    (["train", "no/such.yaml"], ["recipe=no/such.yaml", "give a YAML file, or backbone-all"]),
     (["train", "."], ["recipe=.", "is a folder", "give a YAML file"]),
     (["train", "debug", "--steps=5"], ["argument=--steps=5", "see mmada train --help"]),
     (["plan", "debug", "train.zero_stage=9"], ["train.zero_stage=9", "use 0 to 3"]),
