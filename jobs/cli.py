@@ -139,7 +139,7 @@ def profile(options: argparse.Namespace) -> int:
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    from jobs.profile import run
+    from jobs.profiling.run import run
 
     return run(recipe, options.rounds, options.json)
 

@@ -130,7 +130,7 @@ def count(model: Any, rows: PackedRows, num_rows: int) -> dict[str, float]:
     import torch
 
     from jobs.bench.counting import count_flops
-    from jobs.profile_parts import take_apart
+    from jobs.profiling.parts import take_apart
 
     num_bytes, num_patches, flops = 0, 0, {"stack": 0, "bytes": 0, "entropy": 0}
     for batch in batches(rows, num_rows):

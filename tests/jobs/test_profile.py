@@ -8,9 +8,9 @@ import torch
 
 from jobs import cli
 from jobs.bench.counting import count_flops
-from jobs.profile import FULL, contender_of, counted, measure_in_pairs, part_contender, settle_threshold
-from jobs.profile_parts import Part, take_apart
-from jobs.profile_switches import SWITCHES, all_off, config_without, setting, switches_in_use
+from jobs.profiling.parts import Part, take_apart
+from jobs.profiling.run import FULL, contender_of, counted, measure_in_pairs, part_contender, settle_threshold
+from jobs.profiling.switches import SWITCHES, all_off, config_without, setting, switches_in_use
 from mmada.model import MMaDAForCausalLM
 from mmada.nn.mixers.registry import MIXERS
 from mmada.presets import build_config

@@ -25,8 +25,8 @@ from cluster.tracking import Tracker
 from jobs.bench.counting import Kept, count_flops, count_kept
 from jobs.bench.measuring import in_turns, torch_threads
 from jobs.model_building import build_model, model_config
-from jobs.profile_parts import Part, take_apart
-from jobs.profile_switches import all_off, config_without, switches_in_use
+from jobs.profiling.parts import Part, take_apart
+from jobs.profiling.switches import all_off, config_without, switches_in_use
 from jobs.recipe import Recipe, RecipeError
 from mmada.config import MMaDAConfig
 from mmada.model import MMaDAForCausalLM
@@ -99,7 +99,7 @@ def run(recipe: Recipe, rounds: int, json_file: Path | None = None) -> int:
     Raises RecipeError for a recipe that cannot be trained here, ClusterError for a tracking server that does not
     answer.
     """
-    from jobs.profile_report import publish
+    from jobs.profiling.report import publish
     from jobs.recipe_checks import check, check_run_dir
 
     check(recipe)

@@ -15,7 +15,7 @@ from cluster.tracking import Tracker
 from jobs.bench.measuring import in_units, quartiles, short, with_share, with_spread
 from jobs.plan import gib
 from jobs.plan_report import table_of
-from jobs.profile import Cost, Profile
+from jobs.profiling.run import Cost, Profile
 from mmada.plots.cost import cost_figure
 
 WIDTH = 120

@@ -1,0 +1,1 @@
+"""``mmada profile``: what each part of a model costs, and what the whole costs without it."""
