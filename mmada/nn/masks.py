@@ -47,10 +47,12 @@ class Visibility:
     def of(cls, context: Context, num_tokens: int, offset: int = 0, window: int | None = None,
            num_persistent: int = 0, pattern: BlockPattern | None = None) -> Visibility:  # fmt: skip
         """What the tokens of one forward pass see among ``num_tokens`` keys from number ``offset`` on."""
-        query_BT = context.index_BT()
+        query_BT, documents_BT = context.index_BT(), context.documents_BT
         if context.is_ragged:
             # Padding looks where the last real token looks, so that it always sees something.
             query_BT = torch.minimum(query_BT, context.totals_B()[:, None] - 1).clamp(min=0)
+            if documents_BT is not None:  # then no cache: numbers are columns
+                documents_BT = documents_BT.gather(1, query_BT)
         return cls(
             query_BT=query_BT,
             num_keys=num_persistent + num_tokens,
@@ -59,7 +61,7 @@ class Visibility:
             offset=offset,
             window=window,
             num_persistent=num_persistent,
-            documents_BT=context.documents_BT,
+            documents_BT=documents_BT,
             pattern=pattern,
         )
 

@@ -199,6 +199,22 @@ def test_packed_documents_are_as_good_as_rows_of_their_own(kind):
         assert_close(a, b, **CLOSE)
 
 
+@pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_behind_packed_documents_sees_something_whatever_its_document(kind, normalizer):
+    """Else the plain formula has rows of NaN, which reach the gradients of all keys."""
+    layer = make_attention(kind, "eager", position_embedding_type="none", attention_normalizer=normalizer)
+    states, documents = random_states(2, 20), torch.tensor([[0] * 9 + [1] * 11, [0] * 5 + [1] * 12 + [0, 7, 8]])
+    gradients = []
+    for padding in (documents, documents.clamp(max=1).cummax(dim=1).values):
+        layer.zero_grad()
+        output = run_mixer(layer, states, documents=padding, lengths=[20, 17])
+        assert output.isfinite().all()
+        (output[0].sum() + (output[1, :17] ** 2).sum()).backward()
+        gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
+    assert_close(*gradients, **CLOSE)
+
+
 @pytest.mark.parametrize("kernel", ["eager", "sdpa", "blockwise"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
