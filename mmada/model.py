@@ -31,7 +31,7 @@ from mmada.nn.positions import rotary_cos_sin
 from mmada.nn.robustness import InputNoise
 from mmada.nn.router import RouterTap, mix64, selection_bias_of
 from mmada.tokenizer import register_tokenizer
-from mmada.training.objectives.router import router_losses
+from mmada.training.objectives.router import router_losses, without_padding
 
 
 @dataclass
@@ -312,7 +312,7 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
         )
         result.loss, result.lm_loss = lm_loss, lm_loss.detach()
         if self.training and outputs.router_logits:
-            self._add_router_losses(result, hidden.shape[1] if num_patches is None else num_patches.tolist())
+            self._add_router_losses(result, attention_mask, hidden.shape[1])
         return result
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
@@ -330,10 +330,15 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
-    def _add_router_losses(self, result: MMaDAOutput, sequence_lengths: int | list[int]) -> None:
+    def _add_router_losses(self, result: MMaDAOutput, attention_mask: Tensor | None, length: int) -> None:
         blocks = [self.model.layers[index] for index in self.config.moe_layers]
+        logits, sequence_lengths = list(result.router_logits), length
+        if result.num_patches is not None:
+            sequence_lengths = result.num_patches.tolist()
+        elif attention_mask is not None:  # if it hides nothing, too: workers must agree on what they add up
+            logits, sequence_lengths = without_padding(logits, attention_mask[:, -length:].bool())
         balance, z, result.expert_load = router_losses(
-            list(result.router_logits),
+            logits,
             self.config.num_experts_per_tok,
             [selection_bias_of(block.mlp) for block in blocks],
             sequence_lengths,

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mmada.model import MMaDAForCausalLM
 from mmada.presets import PRESETS, build_config
 from mmada.tokenizer import ByteTokenizer
+from mmada.training.objectives.router import router_losses
 
 
 def make_model(dtype=torch.float32, attention="sdpa", **overrides):
@@ -113,6 +114,22 @@ def test_the_loss_is_the_language_models_in_evaluation_and_the_sum_in_training()
     trained = model.train()(tokens, labels=tokens, sample_ids=torch.arange(2))
     parts = trained.lm_loss + 0.01 * trained.aux_loss + 0.001 * trained.z_loss
     assert_close(trained.loss.detach(), parts, check_dtype=False)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_padding_counts_for_nothing_in_the_routers_losses(scope):
+    """Nor does a row of nothing else, and a batch of it has no loss that is no number."""
+    model = make_model(torch.float64, router_balance_scope=scope, router_noise=False).train()
+    tokens, mask = ids(3, 12), torch.ones(3, 12, dtype=torch.long)
+    mask[0, :5], mask[1, 3], mask[2] = 0, 0, 0
+    padded = model(tokens, attention_mask=mask, labels=tokens.where(mask == 1, -100))
+    rows = [model(tokens[row : row + 1, mask[row].bool()]).router_logits for row in range(2)]
+    joined = [torch.cat(layers) for layers in zip(*rows, strict=True)]
+    balance, z, load = router_losses(joined, 2, [None] * len(joined), [7, 11, 0], scope, None)
+    assert_close((padded.aux_loss, padded.z_loss), (balance.detach(), z.detach()))
+    assert torch.equal(padded.expert_load, load) and load[0].sum() == 2 * 18
+    nothing = model(tokens[2:], attention_mask=mask[2:], labels=tokens[2:])
+    assert nothing.aux_loss == 0 and nothing.z_loss == 0 and nothing.loss.isfinite()
 
 
 def test_noise_differs_by_row_and_by_seed():

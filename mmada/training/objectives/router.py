@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,15 +26,15 @@ def balance_loss(logits_TE: Tensor, load_E: Tensor, load_tokens: Tensor | float)
     f_e = ``load_E`` / ``load_tokens`` is the share of tokens that chose expert e, counted over all K choices as in
     transformers' Mixtral; P_e the mean probability of e over these tokens. ``load_E`` carries no gradient and may
     have been counted over more tokens than these: with the load of the joined batch, the mean of the workers'
-    losses is the loss of the joined batch, whatever the number of workers.
+    losses is the loss of the joined batch, whatever the number of workers. Of no tokens it is 0.
     """
-    probability_E = logits_TE.softmax(dim=-1).mean(dim=0)
+    probability_E = logits_TE.softmax(dim=-1).sum(dim=0) / max(1, logits_TE.shape[0])
     return logits_TE.shape[-1] * (load_E / load_tokens * probability_E).sum()
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
-    """Router z-loss: mean of (logsumexp of the logits)² (ST-MoE, arXiv:2202.08906), a scalar."""
-    return logits_TE.logsumexp(dim=-1).square().mean()
+    """Router z-loss: mean of (logsumexp of the logits)² (ST-MoE, arXiv:2202.08906), a scalar; 0 of no tokens."""
+    return logits_TE.logsumexp(dim=-1).square().sum() / max(1, logits_TE.shape[0])
 
 
 def squared_coefficient_of_variation(values_E: Tensor) -> Tensor:
@@ -62,6 +62,11 @@ def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, spread_TE: Tensor, top_k: in
     return torch.special.ndtr((clean_TE - threshold_TE) / spread_TE).sum(dim=0)
 
 
+def without_padding(layer_logits_TE: Sequence[Tensor], real_BT: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Logits (B·T, E) of the real tokens alone, and how many of these each row has."""
+    return [logits_TE[real_BT.flatten()] for logits_TE in layer_logits_TE], real_BT.sum(dim=1).tolist()
+
+
 def router_losses(
     layer_logits_TE: list[Tensor],
     top_k: int,
@@ -82,17 +87,18 @@ def router_losses(
         load_LE = reduce_load(load_LE)
     if scope == "sequence":
         pieces = [
-            balance_loss(piece, expert_load(piece, top_k, bias), piece.shape[0])
+            balance_loss(piece, expert_load(piece, top_k, bias), max(1, piece.shape[0]))
             for z, bias in zip(layer_logits_TE, selection_biases, strict=True)
             for piece in z.split(sequence_lengths)
         ]
     else:
         pieces = [
-            balance_loss(z, load_E, load_E.sum() / top_k) for z, load_E in zip(layer_logits_TE, load_LE, strict=True)
+            balance_loss(z, load_E, (load_E.sum() / top_k).clamp(min=1))
+            for z, load_E in zip(layer_logits_TE, load_LE, strict=True)
         ]
     balance, z = torch.stack(pieces).mean(), torch.stack([z_loss(z) for z in layer_logits_TE]).mean()
     if reduce_load is not None and isinstance(sequence_lengths, list):
         mean_tokens = load_LE[0].sum() / top_k / reduce_load(torch.ones_like(load_LE[0, :1]))[0]
-        share = layer_logits_TE[0].shape[0] / mean_tokens
+        share = layer_logits_TE[0].shape[0] / mean_tokens.clamp(min=1)
         balance, z = balance if scope == "sequence" else share * balance, share * z
     return balance, z, load_LE
