@@ -18,7 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.ep_experts import GroupedExperts
-from deepspeed.utils import groups, safe_set_full_fp32_param, safe_set_full_optimizer_state
+from deepspeed.utils import groups, safe_set_full_fp32_param, safe_set_full_optimizer_state, set_z3_leaf_module
 from torch import Tensor, nn
 
 from cluster.errors import ClusterError
@@ -47,6 +47,9 @@ class EngineSettings:
     offload_optimizer: bool = False
     expert_parallel: int = 1
     expert_layout: dict[str, Any] | None = None
+    # ZeRO 3: classes of modules whose parameters are gathered together, children's included. Others' are gathered at
+    # every call of the module that has them, and all workers must make the same calls.
+    gathered_whole: tuple[str, ...] = ()
     # (tokens sorted by expert, counts, gate, up, down) -> outputs: takes the place of DeepSpeed's loop over the
     # experts on CPUs; on GPUs DeepSpeed has grouped kernels.
     expert_ffn: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
@@ -104,6 +107,9 @@ class Engine:
         # gigabyte for every worker) and training never calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
+        for module in model.modules():
+            if type(module).__name__ in settings.gathered_whole:
+                set_z3_leaf_module(module, True)
         config = settings.deepspeed_config()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model, settings.weight_decay), config=config

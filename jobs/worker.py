@@ -30,6 +30,7 @@ from jobs.model_building import build_model
 from jobs.progress import Progress
 from jobs.recipe import Recipe
 from mmada.data import global_batch_indices, load_tokenizer, open_prepared, rank_slice, sample_ids
+from mmada.model import MMaDAForCausalLM
 from mmada.nn.experts import expert_ffn_sorted
 from mmada.training.schedules import warmup_cosine
 
@@ -56,8 +57,8 @@ def _write_output_to(log: Path) -> None:
     os.close(descriptor)
 
 
-def engine_settings(recipe: Recipe, expert_layout: dict[str, Any]) -> EngineSettings:
-    """The engine's share of a recipe."""
+def engine_settings(recipe: Recipe, model: MMaDAForCausalLM) -> EngineSettings:
+    """The engine's share of a recipe, and what it must know of the model."""
     train, cluster = recipe.train, recipe.cluster
     micro_batch = train.micro_batch or train.global_batch // cluster.workers
     return EngineSettings(
@@ -72,7 +73,8 @@ def engine_settings(recipe: Recipe, expert_layout: dict[str, Any]) -> EngineSett
         weight_decay=train.weight_decay,
         offload_optimizer=train.offload_optimizer,
         expert_parallel=cluster.expert_parallel,
-        expert_layout=expert_layout,
+        expert_layout=model.expert_parallel_layout(),
+        gathered_whole=model.gathered_whole,
         expert_ffn=expert_ffn_sorted,
     )
 
@@ -98,7 +100,7 @@ class TrainingWorker:
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         self.rows = self.data.train.rows(recipe.train.sequence_length)
         self.model = build_model(recipe).to(self.device)
-        self.settings = engine_settings(recipe, self.model.expert_parallel_layout())
+        self.settings = engine_settings(recipe, self.model)
         self.store = CheckpointStore(run_dir / "checkpoints", keep=recipe.train.keep_checkpoints)
         self.progress = Progress(self.rank, self.world, run_dir, device, report)
 

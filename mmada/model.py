@@ -248,6 +248,9 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
     """The language model: hidden states to logits, and the loss that training minimises."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Classes of modules that call their children as often as the data wants. An engine that shards parameters must
+    # gather theirs together: workers whose rows differ would wait for each other's calls.
+    gathered_whole = ("MemoryContext",)
 
     def __init__(self, config: MMaDAConfig) -> None:
         super().__init__(config)

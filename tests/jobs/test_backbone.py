@@ -12,8 +12,14 @@ from mmada.data import TextSource, load_tokenizer, prepare
 from tests.jobs.workers import run_together
 
 STEPS, HALF = 4, 2
-# Tokens that take one branch of a layer or the other, and updates that most tokens do not make.
-SPARSE = ["model.hybrid.fusion=routed", "model.memory.gate=hard", "model.memory.surprise_threshold=0.3"]
+# Tokens that take one branch of a layer or the other, updates that most tokens do not make, and segments of which one
+# worker's rows have more than the other's.
+SPARSE = [
+    "model.hybrid.fusion=routed",
+    "model.memory.gate=hard",
+    "model.memory.surprise_threshold=0.3",
+    "model.memory.segment_size=2",
+]
 CASES = {  # name: (ZeRO stage, keys of the model)
     "ZeRO 1": (1, []),
     "ZeRO 2": (2, []),
