@@ -43,7 +43,10 @@ def observe(module: nn.Module, where: Tensor | None = None, **values: Tensor | C
 
     ``where``: boolean, of the leading dimensions: which entries count (``context.valid_BT()``); None for all.
     A value that takes work to compute may be given as a function, which is called only if somebody looks.
+    What gradient checkpointing computes anew in the backward pass is not counted again.
     """
+    if torch._C._current_graph_task_id() != -1:  # inside a backward pass; how torch's own checkpointing tells
+        return
     for collector in _open.get():
         collector.add(module, where, values)
 

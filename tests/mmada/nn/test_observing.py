@@ -5,8 +5,9 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from mmada.nn.observing import collect_statistics, observe
+from mmada.nn.observing import collect_statistics, observe, record
 
 
 class Layer(nn.Module):
@@ -40,6 +41,14 @@ def test_padding_does_not_count_and_a_batch_of_it_says_nothing():
         layer(values, torch.tensor([[True, False], [True, False]]))
     assert statistics.summary()[""]["gate_mean"] == 2.0
     assert statistics.summary()[""]["gate_max"] == 3.0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_checkpointing_computes_again_counts_once(use_reentrant):
+    layer, values = Layer(), torch.ones(1, 2, 1, requires_grad=True)
+    with record(layer, "half") as halves:
+        checkpoint(lambda states: layer(states).square(), values, use_reentrant=use_reentrant).sum().backward()
+    assert len(halves.calls[""]) == 1 and values.grad is not None
 
 
 def test_a_module_may_summarise_in_its_own_words():
