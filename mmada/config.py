@@ -20,7 +20,7 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 @strict
 class MMaDAConfig(PreTrainedConfig):
-    """Architecture of an MMaDA model.
+    """Architecture of an MMaDA model. Settings of a part that is not built change nothing.
 
     ``vocab_size``, ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads``,
         ``head_dim`` (default hidden_size / num_attention_heads), ``intermediate_size``: as in Llama.
@@ -48,7 +48,8 @@ class MMaDAConfig(PreTrainedConfig):
     ``num_shared_experts``: experts of the same size that every token goes through, beside the routed ones.
     ``cross_expert_attention``, ``cross_expert_heads``: attention among a token's active experts, before the blend.
     ``router_normalizer``: ``"softmax"`` or ``"sparsemax"``: how logits become the weights of the chosen experts.
-    ``embedding_dropout``, ``token_mask_probability``: noise on the input embeddings in training.
+    ``embedding_dropout``, ``token_mask_probability``: noise on what goes into the blocks in training: embeddings of
+        tokens, or patches of bytes.
     ``router_noise``: learned noise on the router's logits in training (Shazeer 2017), times ``router_noise_scale``.
     ``router_aux_loss_coef``: weight of the Switch balance loss; ``router_z_loss_coef``: of the router z-loss.
     ``router_balance_scope``: what the balance loss counts over: ``"batch"`` (all rows that go through a forward

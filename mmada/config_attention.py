@@ -43,9 +43,10 @@ def check_attention(config: MMaDAConfig) -> None:
     ):
         if getattr(config, name) < smallest:
             raise ValueError(f"{name}={getattr(config, name)} is too small; use {smallest} or more")
-    cap = config.attn_logit_softcapping
-    if cap is not None and cap <= 0:
-        raise ValueError(f"attn_logit_softcapping={cap} is not positive; use 50, say, or None for no cap")
+    for name, example in (("attn_logit_softcapping", 50), ("final_logit_softcapping", 30)):
+        cap = getattr(config, name)
+        if cap is not None and cap <= 0:
+            raise ValueError(f"{name}={cap} is not positive; use {example}, say, or None for no cap")
     exact = config.relative_attention_num_buckets // 2
     if config.relative_attention_max_distance <= exact:
         raise ValueError(

@@ -13,6 +13,7 @@ from mmada.presets import build_config
         ({"sparse_random_blocks": -1}, "sparse_random_blocks=-1 is too small; use 0 or more"),
         ({"sparse_window_blocks": 0}, "sparse_window_blocks=0 is too small; use 1 or more"),
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0.0 is not positive; use 50"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping=0 is not positive; use 30"),
         ({"relative_attention_max_distance": 16}, "relative_attention_max_distance=16 is not above half of"),
         ({"mixer_types": "multiscale"}, "window_sizes=[64, 256, 1024, -1] does not divide num_key_value_heads=2"),
         ({"mixer_types": "hybrid", "hybrid": {"attention": "multiscale"}}, "give one of [1, 2] windows"),
