@@ -335,7 +335,8 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
 
     def _add_router_losses(self, result: MMaDAOutput, attention_mask: Tensor | None, length: int) -> None:
         blocks = [self.model.layers[index] for index in self.config.moe_layers]
-        logits, sequence_lengths = list(result.router_logits), length
+        logits: list[Tensor] = list(result.router_logits)
+        sequence_lengths: int | list[int] = length
         if result.num_patches is not None:
             sequence_lengths = result.num_patches.tolist()
         elif attention_mask is not None:  # if it hides nothing, too: workers must agree on what they add up
