@@ -93,6 +93,33 @@ class TestGenerate:
                     {"prompt_lookup_num_tokens": 3}):  # fmt: skip
             assert torch.equal(model.generate(tokens, **{**GREEDY, "max_new_tokens": 12}, **how), plain)
 
+    @torch.no_grad()
+    def test_contrastive_search_with_the_cache_finds_what_it_finds_without(self, name):
+        """transformers fetches its own from the hub: as there, the cache is widened by candidates and cut to one."""
+        model, tokens, best = make_mixture(name), random_ids(2, 6), 3
+        results = []
+        for cache in (MMaDACache(model.config.num_hidden_layers), None):
+            said = tokens
+            states = model.model(said, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+            for _ in range(NEW):
+                chances, candidates = model.lm_head(states[:, -1]).softmax(-1).topk(best)
+                if cache is not None:
+                    cache.batch_repeat_interleave(best)
+                    new = model.model(candidates.view(-1, 1), past_key_values=cache).last_hidden_state
+                else:
+                    longer = torch.cat([said.repeat_interleave(best, dim=0), candidates.view(-1, 1)], dim=1)
+                    new = model.model(longer, use_cache=False).last_hidden_state[:, -1:]
+                new = new.unflatten(0, (2, best))
+                alike = torch.cosine_similarity(new, states[:, None], dim=-1).amax(dim=-1)
+                chosen = (0.4 * chances - 0.6 * alike).argmax(dim=1)
+                if cache is not None:
+                    cache.batch_select_indices(torch.arange(2) * best + chosen)
+                rows = torch.arange(2)
+                said = torch.cat([said, candidates[rows, chosen][:, None]], dim=1)
+                states = torch.cat([states, new[rows, chosen]], dim=1)
+            results.append(said)
+        assert torch.equal(*results)
+
     def test_a_conversation_goes_on_with_its_cache(self, name):
         model, tokens = make_mixture(name), random_ids(1, 5)
         cache = MMaDACache(model.config.num_hidden_layers)
