@@ -35,6 +35,7 @@ def threshold(scores: Tensor, dim: int = -1) -> Tensor:
     rank = rank.view(-1, *[1] * (scores.dim() - 1 - dim % scores.dim()))
     sums = sorted_scores.cumsum(dim) - 1
     support_size = (rank * sorted_scores > sums).sum(dim, keepdim=True)
+    support_size = support_size.clamp(min=1)  # 0 where a score is NaN, and so shall the weights be
     return sums.gather(dim, support_size - 1) / support_size
 
 

@@ -50,3 +50,11 @@ def test_large_and_half_precision_scores_stay_exact():
     assert sparsemax(torch.tensor([1e8, 1e8 - 64, 0.0])).tolist() == [1.0, 0.0, 0.0]
     half = sparsemax(torch.tensor([300.0, 300.0, 1.0], dtype=torch.bfloat16))
     assert half.dtype == torch.bfloat16 and half.tolist() == [0.5, 0.5, 0.0]
+
+
+def test_what_is_no_number_makes_no_number_and_no_error():
+    """A run that diverges ends with the loss it has, not with an index that is out of range."""
+    scores = torch.tensor([[torch.nan, 0.1], [0.3, 0.3], [-torch.inf, -torch.inf]], requires_grad=True)
+    weights = sparsemax(scores)
+    assert weights[[0, 2]].isnan().all() and weights[1].tolist() == [0.5, 0.5]
+    weights.sum().backward()
