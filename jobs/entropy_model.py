@@ -73,9 +73,12 @@ def entropy_model_folder(folder: str) -> Path:
 
 def load_entropy_model(model: MMaDAForCausalLM, folder: str) -> None:
     """Give the new model the trained weights."""
+    from transformers.utils import logging
+
     from mmada.model import MMaDAForCausalLM
 
     assert model.model.patches is not None and model.model.patches.entropy_model is not None
+    logging.disable_progress_bar()
     trained = MMaDAForCausalLM.from_pretrained(entropy_model_folder(folder), dtype=model.dtype)
     model.model.patches.entropy_model.load_state_dict(trained.state_dict())
 

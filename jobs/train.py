@@ -155,7 +155,7 @@ class TrainingRun:
             run_workers(
                 _work,
                 {
-                    "recipe": self._recipe_for_workers(),
+                    "recipe": recipe_for_workers(self.recipe),
                     "run_dir": str(self.run_dir),
                     "prepared": str(self.prepared.folder.resolve()),
                 },
@@ -169,13 +169,6 @@ class TrainingRun:
         except (WorkersFailed, ClusterError, KeyboardInterrupt) as error:
             return error
         return None
-
-    def _recipe_for_workers(self) -> dict[str, Any]:
-        """The recipe with the tokenizer's folder absolute: workers have a working directory of their own."""
-        values, tokenizer = self.recipe.model_dump(), Path(self.recipe.data.tokenizer)
-        if tokenizer.is_dir():
-            values["data"]["tokenizer"] = str(tokenizer.resolve())
-        return values
 
     def _hear(self, message: dict[str, Any]) -> None:
         """A message from the workers, in the listening thread."""
@@ -244,7 +237,8 @@ class TrainingRun:
             "checkpoint": self.record.checkpoint,
         }
         if error:
-            summary["error"] = str(error) or type(error).__name__
+            is_signal = isinstance(error, SystemExit)  # the session makes one of SIGTERM: its text is a number
+            summary["error"] = "ended by SIGTERM" if is_signal else str(error) or type(error).__name__
         _write_json(self.run_dir / "summary.json", summary)
 
     def _say_what_next(self) -> None:
@@ -268,6 +262,16 @@ class TrainingRun:
     def _remember(self, **values: Any) -> None:
         self.state |= values
         _write_json(self.state_file, self.state)
+
+
+def recipe_for_workers(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with the folders that it names absolute: workers have a working directory of their own."""
+    values = recipe.model_dump()
+    for section, key in (("data", "tokenizer"), ("model", "entropy_model")):
+        named = values[section][key]
+        if named is not None and (folder := Path(named).expanduser()).is_dir():
+            values[section][key] = str(folder.resolve())
+    return values
 
 
 def shown_path(path: Path) -> str:

@@ -14,8 +14,9 @@ from jobs.bare_loop import BareLoop, text_batches
 from jobs.entropy_model import sample_entropies, settle_threshold
 from jobs.model_building import build_model
 from jobs.plan import model_size, stage_memory
-from jobs.recipe import RecipeError, load_recipe
+from jobs.recipe import Recipe, RecipeError, load_recipe
 from jobs.recipe_checks import check, checked_config
+from jobs.train import recipe_for_workers
 from mmada.data import TextSource, load_tokenizer, prepare
 from mmada.model import MMaDAForCausalLM
 from mmada.nn.patches.boundaries import mean_patch_size
@@ -204,3 +205,14 @@ def test_the_recipe_that_the_shipped_one_names_goes_together(entropy_model):
     keys = ["model.patches.mode=entropy", f"model.entropy_model={entropy_model}"]
     check(load_recipe("bytes", keys))
     assert checked_config(load_recipe("bytes", keys)).patches.entropy_model["hidden_size"] == 32
+
+
+def test_workers_find_the_folders_that_a_recipe_names_from_here(entropy_model, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "small").symlink_to(entropy_model)
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("bytes", ["model.patches.mode=entropy", "model.entropy_model=runs/small"])
+    values = recipe_for_workers(recipe)
+    monkeypatch.chdir("/")
+    assert values["data"]["tokenizer"] == "bytes"
+    assert checked_config(Recipe.model_validate(values)).patches.needs_entropy_model
