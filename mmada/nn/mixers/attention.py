@@ -91,7 +91,8 @@ class Attention(nn.Module):
             first_columns.append(offset)
         mixed_BTHK = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
         output = self.o_proj(mixed_BTHK.reshape(*hidden_states.shape[:-1], -1))
-        return output, None if weights[0] is None else join_weights(weights, first_columns)
+        # Long rows of a window go by another way than those of a head that sees everything, and keep no weights.
+        return output, None if any(part is None for part in weights) else join_weights(weights, first_columns)
 
     def _attend(
         self,

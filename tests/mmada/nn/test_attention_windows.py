@@ -77,6 +77,16 @@ def test_the_heads_of_each_scale_see_their_own_window():
     }
 
 
+def test_heads_whose_kernel_knows_its_weights_stand_beside_others():
+    """sdpa hands sparsemax on to the formula, which goes over all scores of one group and over bands of another."""
+    layers = [make_attention("multiscale", kernel, attention_normalizer="sparsemax") for kernel in ("sdpa", "eager")]
+    for length in (20, 70):
+        states, context = random_states(2, length), make_context(layers[0].config, 2, length)
+        (output, weights), (expected, _) = (layer(states, context, None) for layer in layers)
+        assert_close(output, expected, **CLOSE)
+        assert (weights is None) == (length == 70)
+
+
 @torch.no_grad()
 def kept_bytes(length, mixers, window=1024):
     """Bytes that the cache of a model with these layers keeps after a prompt."""
