@@ -64,6 +64,9 @@ def measured_activations(recipe: Recipe, config: MMaDAConfig) -> Activations:
     from jobs.model_building import build_model
 
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    if recipe.model.attn_implementation == "flex_attention":  # no gradient on this CPU; ours in blocks keeps as much
+        in_blocks = recipe.model.model_copy(update={"attn_implementation": "blockwise"})
+        recipe = recipe.model_copy(update={"model": in_blocks})
     if config.patches.needs_entropy_model and config.patches.threshold is None:
         config = copy.deepcopy(config)
         config.patches.threshold = 1.0  # training finds it on the text; some patches are what counts here

@@ -33,14 +33,16 @@ def facts(plan: Plan) -> Table:
     grid = Table.grid(padding=(0, 3, 0, 0))
     size, batch = plan.size, plan.batch
     micro = "micro batch" if batch.accumulation == 1 else "micro batches"
+    workers = "worker" if batch.workers == 1 else "workers"
     epochs = "the text is not prepared yet" if batch.epochs is None else f"{batch.epochs:.2f} times through the text"
     rows = {
         "model": [
-            f"{size.total:,} parameters, {size.active:,} of them used by a token, {size.experts:,} in experts"
+            f"{size.total:,} parameters"
+            + (f", {size.active:,} of them used by a token, {size.experts:,} in experts" if size.experts else "")
             + (f", {size.frozen:,} not trained" if size.frozen else "")
         ],
         "batch": [
-            f"{batch.global_batch} rows = {batch.workers} workers x {batch.accumulation} {micro} x "
+            f"{batch.global_batch} rows = {batch.workers} {workers} x {batch.accumulation} {micro} x "
             f"{batch.micro_batch} rows",
             f"{batch.tokens_per_step:,} tokens per step, {batch.tokens_in_run:,} in the run: {epochs}",
         ],

@@ -11,7 +11,7 @@ import os
 import re
 from inspect import get_annotations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -38,6 +38,17 @@ CHANGEABLE_ON_RESUME = {
     "train.keep_checkpoints",
     "train.evaluate_every",
     "train.evaluate_rows",
+}
+
+# The types of the model's fields in words.
+TYPE_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list[int]: "a list of whole numbers such as [3, 5]",
+    list[str]: "a list such as [ssm, attention]",
+    dict[str, Any]: "a section such as {rope_type: linear, factor: 2}",
 }
 
 
@@ -137,13 +148,16 @@ def checked_config(recipe: Recipe) -> MMaDAConfig:
     if preset not in PRESETS:
         raise RecipeError(f"model.preset={shown(preset)} is not a known size; {suggestion(preset, PRESETS)}")
     from mmada.config import MMaDAConfig
+    from mmada.config_parts import SECTIONS
 
     known, types = MMaDAConfig.architecture_fields(), get_annotations(MMaDAConfig, eval_str=True)
     for name, value in overrides.items():
         if name not in known:
             remedy = suggestion(name, sorted(known), "model.")
             raise RecipeError(f"model.{name}={shown(value)} is not a field of the model; {remedy}")
-        if name in types:
+        if name in SECTIONS:
+            check_section(name, value)
+        elif name in types:
             check_type(name, value, types[name])
     overrides = with_entropy_model(recipe, overrides)
     try:
@@ -152,14 +166,39 @@ def checked_config(recipe: Recipe) -> MMaDAConfig:
         raise RecipeError(model_mistake(str(error.args[0]), recipe.model.model_extra or {}, known)) from error
 
 
+def check_section(name: str, value: Any) -> None:
+    """The keys of a section inside the model are there, and have the types that it declares."""
+    from mmada.config_parts import SECTIONS
+
+    if not isinstance(value, dict | None):
+        raise RecipeError(f"model.{name}={shown(value)} is not {WANTED['model_type']}")
+    types = get_annotations(SECTIONS[name], eval_str=True)
+    for key, each in (value or {}).items():
+        if key not in types:
+            remedy = suggestion(key, types, f"model.{name}.")
+            raise RecipeError(f"model.{name}.{key}={shown(each)} is not a field of the model; {remedy}")
+        check_type(f"{name}.{key}", each, types[key])
+
+
 def check_type(name: str, value: Any, annotation: Any) -> None:
     """``value`` is what the model config declares for the field, without conversion (a whole number is a float too)."""
     try:
         TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
-        words = str(annotation).replace("typing.", "").removesuffix(" | None")
-        wanted = WANTED.get(error.errors()[0]["type"], words)
-        raise RecipeError(f"model.{name}={shown(value)} is not {wanted}; write {wanted}") from error
+        is_infinite = error.errors()[0]["type"] == "finite_number"
+        wanted = WANTED["finite_number"] if is_infinite else type_in_words(annotation)
+        kind = wanted.partition(" such as")[0]
+        raise RecipeError(f"model.{name}={shown(value)} is not {kind}; write {wanted}") from error
+
+
+def type_in_words(annotation: Any) -> str:
+    """``int | list[int] | None`` as ``a whole number or a list of whole numbers``."""
+    kinds = [kind for kind in get_args(annotation) or [annotation] if kind is not type(None)]
+    if get_origin(annotation) in (list, dict):
+        kinds = [annotation]
+    if float in kinds:  # a whole number is a number
+        kinds.remove(int)
+    return listed(TYPE_WORDS[kind] for kind in kinds)
 
 
 def model_mistake(reason: str, overrides: dict[str, Any], known: set[str]) -> str:
@@ -229,7 +268,12 @@ def check_patches(recipe: Recipe, config: MMaDAConfig) -> None:
 
 
 def check_gpus(recipe: Recipe) -> None:
-    """Where Ray starts on this machine, its GPUs are enough."""
+    """The attention kernel has the GPUs that it needs, and where Ray starts on this machine, they are enough."""
+    if recipe.model.attn_implementation == "flex_attention" and not recipe.cluster.gpus_per_worker:
+        raise RecipeError(
+            "model.attn_implementation=flex_attention has no gradient on CPUs (cluster.gpus_per_worker=0); use sdpa or "
+            "blockwise, or cluster.gpus_per_worker=1"
+        )
     wanted = recipe.cluster.gpus_per_worker * recipe.cluster.workers
     if recipe.cluster.address is not None or wanted == 0:
         return

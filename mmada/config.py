@@ -118,7 +118,13 @@ class MMaDAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None and isinstance(self.hidden_size, int) and isinstance(self.num_attention_heads, int):
-            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+            heads = max(1, self.num_attention_heads)
+            if self.hidden_size % heads:
+                raise ValueError(
+                    f"num_attention_heads={heads} does not divide hidden_size={self.hidden_size}; use a number of "
+                    "heads that does, or set head_dim"
+                )
+            self.head_dim = self.hidden_size // heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         layers = int(self.num_hidden_layers)

@@ -17,6 +17,8 @@ def expand_pattern(name: str, pattern: str | Sequence[str] | None, num_layers: i
     kinds: list[str] = []
     for entry in entries:
         kind, star, count = (part.strip() for part in str(entry).partition("*"))
+        if not kind:
+            raise ValueError(f"{name} holds an empty entry: {pattern!r}; write a kind there, or one comma less")
         if star and not (count.isdigit() and int(count) > 0):
             raise ValueError(f"{name} holds {entry!r}, whose count is no whole number above 0; write {kind}*2, say")
         kinds += [kind] * (int(count) if star else 1)
@@ -24,7 +26,7 @@ def expand_pattern(name: str, pattern: str | Sequence[str] | None, num_layers: i
         kinds = kinds * (num_layers // len(kinds))
     if len(kinds) != num_layers:
         raise ValueError(
-            f"{name} has {len(kinds)} entries for num_hidden_layers={num_layers}; give one per layer, or a string "
-            "whose length divides the number of layers"
+            f"{name} has {len(kinds)} entries for num_hidden_layers={num_layers}; give one per layer, or as text "
+            f"so many that they repeat to {num_layers} evenly"
         )
     return kinds

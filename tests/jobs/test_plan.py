@@ -321,3 +321,10 @@ def test_a_used_name_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "debug" / "checkpoints").mkdir(parents=True)
     assert run(recipe_of(f"run.dir={tmp_path}")) == 0
     assert "mmada train would refuse: run.name=debug has been used already" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_kernel_for_gpus_is_measured_by_one_that_keeps_as_much():
+    config = checked_config(single())
+    kernels = ("flex_attention", "blockwise")
+    flex, blockwise = (activation_memory(single(f"model.attn_implementation={name}"), config) for name in kernels)
+    assert flex == blockwise

@@ -16,6 +16,8 @@ from mmada.presets import build_config
         ({"mlp_layer_types": ["dense", "sparse"]}, "'sparse'; use 'dense', 'moe'"),
         ({"hidden_size": 0}, "hidden_size=0 is not positive; use 1 or more"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"hidden_size": 30}, "num_attention_heads=4 does not divide hidden_size=30; use a number of heads that does"),
+        ({"mixer_types": "ssm,,ssm"}, "mixer_types holds an empty entry: 'ssm,,ssm'"),
         ({"router_balance_scope": "layer"}, "router_balance_scope='layer' is unknown; use 'batch' or 'sequence'"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0 is negative; use 0"),
         ({"num_shared_experts": -1}, "num_shared_experts=-1 is negative; use 0"),
