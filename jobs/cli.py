@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from jobs.wording import suggestion
 
 EPILOG = """\
-RECIPE is a YAML file or the name of one that comes with mmada (quickstart, debug).
+RECIPE is a YAML file, or the name of one that comes with mmada:
+  {recipes}
 Any of its keys can be set after it: mmada train quickstart train.steps=500 run.name=longer
 """
 
@@ -184,10 +185,16 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def bench_names() -> list[str]:
-    """The measurements there are: the modules in jobs/bench that have a ``run``."""
-    modules = (Path(__file__).parent / "bench").glob("*.py")
-    return sorted(path.stem for path in modules if "\ndef run(" in path.read_text(encoding="utf-8"))
+def bench_names() -> dict[str, str]:
+    """The measurements there are, the modules in jobs/bench that have a ``run``, with what each measures."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in (Path(__file__).parent / "bench").glob("*.py")}
+    first_lines = {name: text.splitlines()[0] for name, text in sorted(texts.items()) if "\ndef run(" in text}
+    return {name: line.partition("``: ")[2].strip('."') for name, line in first_lines.items()}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with mmada."""
+    return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
 
 
 def build_parser() -> Parser:
@@ -195,23 +202,27 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="mmada",
         description="Train multimodal reasoning models on a Ray cluster: one recipe, one verb.",
-        epilog=EPILOG,
+        epilog=EPILOG.format(recipes=", ".join(recipe_names())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     verbs = parser.add_subparsers(dest="verb", title="verbs", metavar="VERB", parser_class=Parser, required=True)
 
-    def add(verb: str, summary: str) -> argparse.ArgumentParser:
+    def add(verb: str, summary: str, names: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
         each = verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
+        if names:
+            each.formatter_class = argparse.RawDescriptionHelpFormatter
+            each.epilog = "\n".join(["names:", *(f"  {name:<11}{words}" for name, words in names.items())])
         each.set_defaults(call=VERBS[verb])
         return each
 
+    recipe = f"a YAML file, or one of: {', '.join(recipe_names())}"
     for verb, summary in (
         ("train", "train the model of a recipe, or go on with run.resume=true"),
         ("plan", "show what a recipe needs: parameters, memory, batches, resources"),
     ):
         each = add(verb, summary)
-        each.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+        each.add_argument("recipe", metavar="RECIPE", help=recipe)
         each.add_argument(
             "overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a key of the recipe"
         )
@@ -230,16 +241,20 @@ def build_parser() -> Parser:
     each.add_argument("--seed", type=int_from(0), default=0, metavar="S", help="same seed, same text (default: 0)")
 
     each = add("profile", "measure what each part of a recipe's model costs, and the model without it")
-    each.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    each.add_argument("recipe", metavar="RECIPE", help=recipe)
     each.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a key of it")
     each.add_argument("--rounds", type=int_from(2), default=9, metavar="N", help="timed rounds (default: 9)")
     each.add_argument("--json", type=file_to_write, metavar="FILE", help="write every single time there, too")
 
-    each = add("bench", "measure, and print the numbers")
-    each.add_argument("name", metavar="NAME", help=f"one of: {', '.join(bench_names())}; its own arguments follow")
+    own = "one of those below; its own arguments follow, --help among them"
+    each = add("bench", "measure, and print the numbers", bench_names())
+    each.add_argument("name", metavar="NAME", help=own)
 
-    each = add("study", "compare variants of a recipe over several seeds")
-    each.add_argument("name", metavar="NAME", help="positions, memory, recall, experts or patches")
+    from jobs.studies.catalogue import STUDIES  # costs no import of torch
+
+    titles = {name: each.title for name, each in STUDIES.items()}
+    each = add("study", "compare variants of a recipe over several seeds", titles)
+    each.add_argument("name", metavar="NAME", help=own)
 
     each = add("doctor", "show what this machine has, what is missing and how to get it")
     each.add_argument("--deep", action="store_true", help="start Ray and write to an MLflow store, too")

@@ -27,10 +27,10 @@ def run(arguments: list[str]) -> int:
         ("cache-window", 1024, "window of the cache's window layers"),
     ):
         parser.add_argument(f"--{name}", type=int_from(1), default=default, metavar="N", help=f"{meaning} ({default})")
-    parser.add_argument("--lengths", type=whole_numbers, default=[2048, 4096, 8192], help="timed (2048,4096,8192)")
-    parser.add_argument(
-        "--kept-lengths", type=whole_numbers, default=[512, 1024, 2048, 4096], help="bytes (512,1024,2048,4096)"
-    )
+    timed = "rows of so many tokens are timed (2048,4096,8192)"
+    parser.add_argument("--lengths", type=whole_numbers, default=[2048, 4096, 8192], metavar="A,B", help=timed)
+    kept = "rows whose kept bytes are counted (512,1024,2048,4096)"
+    parser.add_argument("--kept-lengths", type=whole_numbers, default=[512, 1024, 2048, 4096], metavar="A,B", help=kept)
     options = parser.parse_args(arguments)
     if options.quick:
         options.heads, options.kv_heads, options.head_dim, options.window, options.rounds = 2, 1, 8, 32, 2

@@ -163,7 +163,7 @@ def bench_parser(name: str, summary: str, rounds: int | None) -> Parser:
     """The options that every bench has; ``rounds`` unless told otherwise, None where nothing is timed."""
     parser = Parser(prog=f"mmada bench {name}", description=summary, allow_abbrev=False)
     if rounds is not None:
-        parser.add_argument("--rounds", type=int_from(2), default=rounds, metavar="N", help=f"timed ({rounds})")
+        parser.add_argument("--rounds", type=int_from(2), default=rounds, metavar="N", help=f"timed rounds ({rounds})")
     parser.add_argument("--threads", type=int_from(1), metavar="N", help="threads of PyTorch (default: as it chooses)")
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write every single time there, too")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: does it run?")

@@ -32,7 +32,9 @@ def run(arguments: list[str]) -> int:
         ("batch", 1, "rows"),
     ):
         parser.add_argument(f"--{name}", type=int_from(1), default=default, metavar="N", help=f"{meaning} ({default})")
-    parser.add_argument("--lengths", type=whole_numbers, default=[256, 512, 1024], help="tokens (256,512,1024)")
+    parser.add_argument(
+        "--lengths", type=whole_numbers, default=[256, 512, 1024], metavar="A,B", help="tokens of a row (256,512,1024)"
+    )
     options = parser.parse_args(arguments)
     if options.quick:
         options.width, options.heads, options.head_dim, options.chunk = 16, 2, 8, 4

@@ -31,7 +31,11 @@ def run(arguments: list[str]) -> int:
     ):
         parser.add_argument(f"--{name}", type=int_from(1), default=default, metavar="N", help=f"{meaning} ({default})")
     parser.add_argument(
-        "--lengths", type=whole_numbers, default=[512, 1024, 2048, 4096, 8192], help="tokens (512,1024,2048,4096,8192)"
+        "--lengths",
+        type=whole_numbers,
+        default=[512, 1024, 2048, 4096, 8192],
+        metavar="A,B",
+        help="tokens (512,1024,2048,4096,8192)",
     )
     options = parser.parse_args(arguments)
     if options.quick:

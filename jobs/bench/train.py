@@ -33,11 +33,11 @@ _MATMULS = 4  # after each round
 
 def run(arguments: list[str]) -> int:
     """Measure and print; ``arguments`` are the command line's."""
-    parser = Parser(prog="mmada bench train", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int_from(1), default=7, help="turns of each contender (default 7)")
-    parser.add_argument("--steps", type=int_from(1), default=6, help="optimizer steps of a turn (default 6)")
-    parser.add_argument("--json", type=file_to_write, help="write every measurement to this file too")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, as for mmada train")
+    parser = Parser(prog="mmada bench train", description="the whole stack beside a bare loop and a Trainer")
+    parser.add_argument("--rounds", type=int_from(1), default=7, metavar="N", help="turns of each contender (7)")
+    parser.add_argument("--steps", type=int_from(1), default=6, metavar="N", help="optimizer steps of a turn (6)")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write every single time there, too")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="as for mmada train")
     options = parser.parse_args(arguments)
 
     from cluster.terminal import quiet_terminal
