@@ -142,8 +142,8 @@ class MemorySettings:
     forgetting: bool = True
     convolution: bool = True
     conv_kernel: int = 4
-    max_step: float | int = 1.0
-    max_gradient_norm: float | int | None = 10.0
+    max_step: float | int = 0.3
+    max_gradient_norm: float | int | None = 2.0
     gate: str = "continuous"
     surprise_threshold: float | int = 0.0
     surprise_temperature: float | int = 1.0
@@ -158,7 +158,7 @@ class MemorySettings:
         one_of("memory", self, "activation", ("gelu", "silu"))
         one_of("memory", self, "gate", ("continuous", "hard", "soft"))
         one_of("memory", self, "attention", ATTENTION_KINDS)
-        for name, remedy in (("max_step", "1"), ("surprise_temperature", "1"), ("max_gradient_norm", "10 or null")):
+        for name, remedy in (("max_step", "0.3"), ("surprise_temperature", "1"), ("max_gradient_norm", "2 or null")):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"memory.{name}={value} is not positive; use {remedy}, say")

@@ -21,7 +21,7 @@ from mmada.nn.neural_memory import Gates, MemoryRule, MemoryState, Weights, memo
 from mmada.nn.observing import is_anyone_looking
 
 # Logits of θ / max_step, η and α at the start: small steps, long momentum, almost no forgetting.
-STEP_BIAS, MOMENTUM_BIAS, FORGETTING_BIAS = -3.0, 2.0, -4.0
+STEP_BIAS, MOMENTUM_BIAS, FORGETTING_BIAS = -2.0, 2.0, -4.0
 
 
 class MemoryStart(nn.Module):
@@ -36,8 +36,10 @@ class MemoryStart(nn.Module):
             self.register_parameter(f"weight_{layer}", nn.Parameter(torch.zeros(memory.num_heads, inputs, outputs)))
 
     def init_own_weights(self, config: MMaDAConfig) -> None:
-        for layer, inputs in enumerate(self.widths[:-1]):
-            init.normal_(self.get_parameter(f"weight_{layer}"), mean=0.0, std=inputs**-0.5)
+        # The last layer is small, so that what nobody has told the memory yet is answered with next to nothing.
+        sizes = [1.0] * (len(self.widths) - 2) + [0.1]
+        for layer, (size, inputs) in enumerate(zip(sizes, self.widths, strict=False)):
+            init.normal_(self.get_parameter(f"weight_{layer}"), mean=0.0, std=size * inputs**-0.5)
 
     def forward(self, dtype: torch.dtype) -> Weights:
         """Each (1, H, I, O)."""
@@ -47,18 +49,20 @@ class MemoryStart(nn.Module):
 
 
 class ReadOut(nn.Module):
-    """Each head's answer normed, gated by the token that asked, and projected."""
+    """The answers of all memories, gated by the token that asked, and projected.
+
+    They are not normed: a memory that has learnt nothing of a key says little, and should.
+    """
 
     def __init__(self, config: MMaDAConfig) -> None:
         super().__init__()
         inner = config.memory.num_heads * config.memory.head_dim
-        self.norm = nn.RMSNorm(config.memory.head_dim, eps=config.rms_norm_eps)
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, read_BHTK: Tensor, hidden_BTD: Tensor) -> Tensor:
-        normed = self.norm(read_BHTK.transpose(1, 2).to(hidden_BTD.dtype)).flatten(2)
-        return self.out_proj(normed * silu(self.gate_proj(hidden_BTD)))
+        gate_BTC = silu(self.gate_proj(hidden_BTD).to(read_BHTK.dtype))
+        return self.out_proj((read_BHTK.transpose(1, 2).flatten(2) * gate_BTC).to(hidden_BTD.dtype))
 
 
 class MemoryQuery(nn.Module):

@@ -45,9 +45,7 @@ class MemoryContext(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.query = MemoryQuery(config)
         self.recall = ReadOut(config)
-        self.recall_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = SegmentAttention(config, layer_idx, num_persistent=config.memory.num_persistent_tokens)
-        self.attended_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.memory = NeuralMemory(config)
         self.product = GatedProduct(config)
 
@@ -72,7 +70,7 @@ class MemoryContext(nn.Module):
             state = _open_segment(state, opens)
             recalled = self._recall(hidden_BPCD[:, p], query_BHPCK[:, :, p], state)
             attended, state = self._attend(recalled, hidden_BPCD[:, p], state, piece)
-            learned = self.memory(self.attended_norm(attended), state, piece)
+            learned = self.memory(attended, state, piece)
             state = {**state, **learned.state}
             outputs.append(self.product(attended, learned.output_BTD))
             surprises.append(learned.surprise_BTH)
@@ -90,7 +88,7 @@ class MemoryContext(nn.Module):
         weights = _segment_weights(state)
         with torch.autocast(hidden_BCD.device.type, enabled=False):
             read = run_memory(weights, query_BHCK.to(weights[0].dtype), self.config.memory.activation)
-        return self.recall_norm(self.recall(read, hidden_BCD))
+        return self.recall(read, hidden_BCD)
 
     def _attend(self, recalled_BCD: Tensor, hidden_BCD: Tensor, state: State, piece: Rows) -> tuple[Tensor, State]:
         """y of a segment's tokens. Positions and distances count both h and x, from the segment's first."""

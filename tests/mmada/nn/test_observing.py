@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmada.nn.observing import collect_statistics, observe, record
+from mmada.nn.observing import collect_statistics, is_anyone_looking, observe, record
 
 
 class Layer(nn.Module):
@@ -75,3 +75,17 @@ def test_nobody_asking_means_nothing_is_computed():
         raise AssertionError("computed for nobody")
 
     observe(Layer(), gate=never)
+
+
+def test_a_record_keeps_the_values_of_one_name_with_nothing_at_padding():
+    model, first, second = nn.Sequential(Layer()), torch.randn(2, 3, 4), torch.randn(2, 1, 4)
+    valid = torch.tensor([[True, True, True], [True, False, False]])
+    assert not is_anyone_looking()
+    with record(model, "gate") as gates:
+        assert is_anyone_looking()
+        model[0](first.requires_grad_(), valid)
+        model(second)
+    model(second)  # nobody looks any more
+    assert list(gates.calls) == ["0"] and [each.shape[1] for each in gates.calls["0"]] == [3, 1]
+    assert not gates["0"].requires_grad and gates["0"].isnan().sum() == 2 * 4
+    assert torch.equal(gates["0"][0], torch.cat([first[0], second[0]]))
