@@ -170,7 +170,8 @@ def memory_scan(
     """Learn from T tokens of each memory and answer each after it has been learnt from.
 
     ``rows``: where the rows stand, for chunks count from a row's first token, and how many of the T are real; None:
-    T first tokens. Padding changes nothing. ``want_surprise`` has ‖u‖ returned even where the rule does without.
+    T first tokens. Padding changes nothing. ``want_surprise`` has ‖u‖ returned (for reading: detached) even where the
+    rule does without.
     """
     batch, heads = key_BHTK.shape[:2]
     chunks = (rows or Rows.even(key_BHTK.shape[2], device=key_BHTK.device)).cut(rule.chunk_size)
@@ -184,7 +185,9 @@ def memory_scan(
         entering, leaving = loss_gradient(anchor, key[p], value[p], rule.activation)
         scale_NC = step[p]
         if want_surprise or rule.needs_surprise:
-            surprises.append(gradient_norm(entering, leaving))
+            # Without a graph where only somebody looks: gradient checkpointing must find the same one when nobody does.
+            with torch.set_grad_enabled(rule.needs_surprise and torch.is_grad_enabled()):
+                surprises.append(gradient_norm(entering, leaving))
         if rule.needs_surprise:
             scale_NC = scale_NC * rule.step_factor(surprises[-1])
         leaving = [each * scale_NC[..., None] for each in leaving]

@@ -7,6 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import normalize, pad, silu
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from mmada.config import MMaDAConfig
 from mmada.model import MMaDAForCausalLM
@@ -298,6 +299,19 @@ def test_surprise_is_there_for_whoever_looks(kind):
             run_mixer(model.model.layers[1].mixer, hidden)
         _, result = learn_by_the_loop(memory, hidden)
         assert_close(profile[name], result.surprise_BHT.transpose(1, 2), **CLOSE)
+
+
+def test_looking_at_surprise_does_not_disturb_gradient_checkpointing():
+    """Whose second forward pass comes when nobody looks any more."""
+    mixer = make_mixer("memory", memory={**MEMORY, "max_gradient_norm": None})
+    hidden = tokens(2, 9).requires_grad_()
+    with record(mixer, "surprise") as profile:
+        output = checkpoint(lambda states: run_mixer(mixer, states), hidden, use_reentrant=False)
+    output.square().sum().backward()
+    assert profile["memory"].shape == (2, 9, 2)
+    again = hidden.detach().requires_grad_()
+    run_mixer(mixer, again).square().sum().backward()
+    assert torch.equal(hidden.grad, again.grad)
 
 
 def test_a_fresh_memory_learns_in_small_steps_and_forgets_little():
