@@ -149,7 +149,7 @@ class MMaDAConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; use one of {divisors}"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.position_embedding_type == "rope":
             raise ValueError(f"head_dim={self.head_dim} is odd, and rotary positions turn pairs; use an even one")
         allowed: tuple[str, ...]
         for name, allowed in (("mixer_types", MIXER_TYPES), ("mlp_layer_types", ("dense", "moe"))):

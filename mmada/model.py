@@ -200,8 +200,8 @@ class MMaDAModel(MMaDAPreTrainedModel):
             past=past,
             past_B=past_B,
         )
-        if are_given and past == 0:
-            context.documents_BT = packed_documents(position_ids, context.valid_BT())
+        if are_given and length > 1:
+            context.documents_BT = packed_documents(position_ids, context.valid_BT(), past)
         config = self.config if self.patches is None else self.patches.local_config
         if config.position_embedding_type == "rope":
             context.rotary = rotary_cos_sin(config, position_ids, hidden_BTD.dtype)

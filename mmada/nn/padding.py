@@ -26,16 +26,22 @@ def valid_columns(attention_mask: Tensor | None, length: int) -> Tensor | None:
     return None if bool(valid_BT.all()) else valid_BT
 
 
-def packed_documents(position_ids_BT: Tensor, valid_BT: Tensor | None) -> Tensor | None:
+def packed_documents(position_ids_BT: Tensor, valid_BT: Tensor | None, past: int = 0) -> Tensor | None:
     """Number of each token's document where positions start again inside a row, (B, T); None where none do.
 
-    Both in front layout; positions of padding mean nothing.
+    Both in front layout; positions of padding mean nothing. ``past``: tokens that a cache holds of the rows.
+    Raises ValueError where a document would begin behind those.
     """
     starts_BT = position_ids_BT[:, 1:] <= position_ids_BT[:, :-1]
     if valid_BT is not None:
         starts_BT = starts_BT & valid_BT[:, 1:]
     if not bool(starts_BT.any()):
         return None
+    if past > 0:
+        raise ValueError(
+            f"position_ids start again inside a row, behind {past} tokens in the cache; packed documents need an "
+            "empty cache, or a row each"
+        )
     return torch.nn.functional.pad(starts_BT.cumsum(dim=1), (1, 0))
 
 

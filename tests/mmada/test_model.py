@@ -57,6 +57,14 @@ def test_packed_documents_do_not_see_each_other():
     assert_close(packed[:, 6:], model(b).logits, rtol=1e-6, atol=1e-9)
 
 
+def test_a_document_that_begins_behind_a_filled_cache_is_refused():
+    model, tokens = make_model(), ids(1, 9)
+    cache = model(tokens[:, :4], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="position_ids start again inside a row, behind 4 tokens in the cache"):
+        model(tokens[:, 4:], position_ids=torch.tensor([[4, 5, 0, 1, 2]]), past_key_values=cache)
+    model(tokens[:, 4:], position_ids=torch.arange(4, 9)[None], past_key_values=cache)
+
+
 def test_a_token_changes_nothing_before_it():
     model, tokens = make_model(), ids(1, 15)
     changed = tokens.clone()
