@@ -199,8 +199,9 @@ def run_bench(options: argparse.Namespace, measure: Callable[[int], tuple[list[R
         quiet_terminal(Path(folder) / "log.txt") as terminal,
         torch_threads(options.threads) as num_threads,
     ):
-        printed, figures = measure(num_threads)
         console = Console(file=terminal, highlight=False, width=120)
+        console.print("measuring …")
+        printed, figures = measure(num_threads)
         for each in printed:
             console.print(each)
     if options.json:

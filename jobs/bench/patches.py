@@ -155,7 +155,7 @@ def table(figures: dict[str, dict[str, float]]) -> Table:
     from jobs.plan_report import table_of
 
     counted = ("stack", "byte side", "entropy model", "all", "times plain")
-    result = table_of("patches; FLOP for a byte", "bytes in one", "stack runs for a byte", *counted)
+    result = table_of("patches; FLOP for a byte", "bytes", "stack runs/byte", *counted)
     plain = figures[NONE]["flops"]
     for mode, each in figures.items():
         result.add_row(

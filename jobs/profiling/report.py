@@ -130,8 +130,9 @@ def notes(profile: Profile) -> list[str]:
         if profile.whole.peak_bytes is None
         else "memory: the CUDA allocator's peak over what was there before (weights), gradients included"
     )
+    threads = "thread" if profile.num_threads == 1 else "threads"
     lines = [
-        f"{profile.device}, {profile.num_threads} threads, {train.precision}; {profile.recipe.micro_batch} rows of "
+        f"{profile.device}, {profile.num_threads} {threads}, {train.precision}; {profile.recipe.micro_batch} rows of "
         f"{train.sequence_length} {profile.tokens}, one document each; {profile.rounds} rounds in turns after "
         "warm-ups; times are medians ± half the distance between the quartiles",
         "a model without a part is timed right before or after the full one; ratios are of such pairs: median "

@@ -112,12 +112,16 @@ def run(recipe: Recipe, rounds: int, json_file: Path | None = None) -> int:
         tempfile.TemporaryDirectory(prefix="mmada-profile-") as scratch,
         quiet_terminal(Path(scratch) / "log.txt") as terminal,
     ):
-        publish(measure(recipe, rounds), tracker, terminal, Path(scratch), json_file)
+        profile = measure(recipe, rounds, lambda text: print(text, file=terminal, flush=True))
+        publish(profile, tracker, terminal, Path(scratch), json_file)
     return 0
 
 
-def measure(recipe: Recipe, rounds: int) -> Profile:
-    """Every part of the recipe's model alone, then the models without one of them, each set of them in turns."""
+def measure(recipe: Recipe, rounds: int, say: Callable[[str], None] = lambda text: None) -> Profile:
+    """Every part of the recipe's model alone, then the models without one of them, each set of them in turns.
+
+    ``say`` hears what is measured next.
+    """
     device, config = find_device(recipe), model_config(recipe)
     model = prepared_model(recipe, config, device)
     batch, tokens = profile_batch(recipe, config, device)
@@ -127,6 +131,7 @@ def measure(recipe: Recipe, rounds: int) -> Profile:
     with torch_threads(threads):
         full = contender_of(FULL, model, batch)
         parts = [*map(part_contender, without_repeats(take_apart(model, batch))), full]
+        say(f"timing {len(parts) - 1} parts of {recipe.run.name}, {rounds} rounds …")
         costs = measure_in_turns(parts, rounds)
 
         models, refused = [], []
@@ -138,6 +143,7 @@ def measure(recipe: Recipe, rounds: int) -> Profile:
                 refused.append(f"without {switch.name}: {error}")
             else:
                 models.append(contender_of(switch.name, smaller, batch))
+        say(f"timing {len(models)} models without one of its parts, {rounds} rounds …")
         return Profile(
             recipe=recipe,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
