@@ -35,8 +35,8 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, float(stats.t.ppf(0.975, len(values) - 1)) * error)
 
 
-def verdict(gain: Interval) -> str:
-    """What an interval of "better minus worse" says of the claim that it is positive."""
-    if gain.low > 0:
+def verdict(gain: Interval, margin: float = 0.0) -> str:
+    """What an interval of "better minus worse" says of the claim that it is positive, or no further below than that."""
+    if gain.low > -margin:
         return "holds"
-    return "goes against it" if gain.high < 0 else "not told apart"
+    return "goes against it" if gain.high < -margin else "not told apart"

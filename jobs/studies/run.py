@@ -136,16 +136,16 @@ def claims_table(study: Study, results: Results) -> Table:
     table.add_column("found")
     for claim in study.claims:
         gain = gain_of(study, claim, results)
-        table.add_row(claim.words(), _shown(gain), verdict(gain))
+        table.add_row(claim.words(), _shown(gain), verdict(gain, claim.margin))
     return table
 
 
 def gain_of(study: Study, claim: Claim, results: Results) -> Interval:
-    """How much better ``claim.better`` did than ``claim.worse``, seed by seed, the margin added."""
+    """How much better ``claim.better`` did than ``claim.worse``, seed by seed."""
     better, worse = results[claim.better], results[claim.worse]
     sign = -1.0 if study.lower_is_better else 1.0
     other: Any = claim.worse_measure or claim.measure
-    return interval([sign * (better[s][claim.measure] - worse[s][other]) + claim.margin for s in sorted(better)])
+    return interval([sign * (better[s][claim.measure] - worse[s][other]) for s in sorted(better)])
 
 
 def _shown(value: Interval) -> str:
