@@ -12,7 +12,9 @@ from mmada.config import MMaDAConfig
 from mmada.nn.moe import MoE
 from mmada.nn.router import RouterTap, choose_experts, counter_normal
 
-CONFIG = MMaDAConfig(hidden_size=16, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2)
+CONFIG = MMaDAConfig(
+    hidden_size=16, num_attention_heads=2, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2
+)
 
 
 def test_weights_are_the_renormalised_probabilities_of_the_best():
