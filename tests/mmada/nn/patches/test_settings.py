@@ -22,7 +22,7 @@ GOOD = {"mode": "space", "local_size": 32}
             r"patches\.entropy_model\.vocab_size=300 is not vocab_size=264",
         ),
         (
-            {"mode": "entropy", "entropy_model": {"hidden_size": 64, "patches": {**GOOD}}},
+            {"mode": "entropy", "entropy_model": {"hidden_size": 64, "num_attention_heads": 4, "patches": {**GOOD}}},
             r"patches\.entropy_model\.patches\.mode=space is not none",
         ),
     ],
