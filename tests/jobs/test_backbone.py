@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.bare_loop import BareLoop, text_batches
 from jobs.recipe import Recipe, load_recipe
 from mmada.config import MIXER_TYPES
-from mmada.data import TextSource, load_tokenizer, prepare
-from tests.jobs.workers import run_together
+from tests.jobs.workers import bare_curve, run_together
 
 STEPS, HALF = 4, 2
 # Tokens that take one branch of a layer or the other, updates that most tokens do not make, and segments of which one
@@ -38,12 +36,6 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    return prepare(TextSource(kind="stdlib", limit_documents=40), load_tokenizer("bytes"), folder).folder
-
-
 def recipe_of(run_dir: Path, *keys: str) -> Recipe:
     return load_recipe("backbone-all", [*SMALL, f"run.dir={run_dir}", *keys])
 
@@ -51,15 +43,8 @@ def recipe_of(run_dir: Path, *keys: str) -> Recipe:
 @pytest.fixture(scope="module")
 def bare(prepared, tmp_path_factory) -> dict[bool, list[tuple[float, float]]]:
     """Loss and gradient norm of every step in one process, without and with SPARSE."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    curves = {}
-    for keys in ([], SPARSE):
-        recipe = recipe_of(tmp_path_factory.mktemp("bare"), *keys)
-        loop = BareLoop(recipe, text_batches(recipe, prepared))
-        curves[bool(keys)] = [loop.step(step) for step in range(STEPS)]
-    torch.set_num_threads(threads)
-    return curves
+    folder = tmp_path_factory.mktemp("bare")
+    return {bool(keys): bare_curve(recipe_of(folder, *keys), prepared, STEPS)[0] for keys in ([], SPARSE)}
 
 
 def straight_and_resumed(rank: int, folder: Path, prepared: Path) -> dict[str, tuple]:

@@ -1,6 +1,5 @@
 """Byte patches in training: a recipe's entropy model is taken over, stays as it is, and is saved; every ZeRO stage."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,30 +9,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from jobs.bare_loop import BareLoop, text_batches
 from jobs.entropy_model import sample_entropies, settle_threshold
 from jobs.model_building import build_model
 from jobs.plan import model_size, stage_memory
 from jobs.recipe import Recipe, RecipeError, load_recipe
 from jobs.recipe_checks import check, checked_config
 from jobs.train import recipe_for_workers
-from mmada.data import TextSource, load_tokenizer, prepare
 from mmada.model import MMaDAForCausalLM
 from mmada.nn.patches.boundaries import mean_patch_size
 from mmada.presets import build_config
 from mmada.tokenizer import ByteTokenizer
-from tests.jobs.workers import run_together, small_recipe
+from tests.jobs.workers import bare_curve, run_all, small_recipe
 
 STEPS, HALF = 6, 3
 # (workers, ZeRO stage) of runs that stop, and of those that go on from them.
 SOURCES = [(2, 2), (2, 3)]
 PAIRS = [((2, 2), (1, 3)), ((2, 2), (2, 2)), ((2, 3), (1, 1)), ((2, 3), (2, 0)), ((2, 3), (2, 3))]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    return prepare(TextSource(kind="stdlib", limit_documents=40), load_tokenizer("bytes"), folder).folder
 
 
 @pytest.fixture(scope="module")
@@ -62,43 +53,12 @@ def recipe_for(run_dir, entropy_model, workers=1, zero_stage=1, **more):
     return small_recipe(run_dir, **(fixed | more))
 
 
-def train_all(rank, jobs, prepared):
-    """Run workers one after the other, each to its end or until it has saved step ``stop``; losses and notes."""
-    from jobs.worker import TrainingWorker
-
-    class Stop(Exception):
-        pass
-
-    found = []
-    for recipe, run_dir, stop in jobs:
-        messages = []
-
-        def report(message, messages=messages, stop=stop):
-            messages.append(message)
-            done = torch.tensor([max((row["step"] for row in message.get("history", [])), default=0)])
-            torch.distributed.all_reduce(done)
-            if done.item() >= stop:
-                raise Stop
-
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        worker = TrainingWorker(recipe, run_dir, prepared, torch.device("cpu"), report)
-        with contextlib.suppress(Stop):
-            worker.run()
-        rows = [row for message in messages for row in message.get("history", [])]
-        found.append((rows, [note for message in messages for note in message.get("notes", [])]))
-    return found
-
-
-def run_all(jobs, prepared):
-    return run_together(jobs[0][0].cluster.workers, train_all, jobs, prepared)[0]
-
-
 @pytest.fixture(scope="module")
 def bare(prepared, entropy_model, tmp_path_factory):
     """The curve of a plain loop, and the weights at its end."""
     recipe = recipe_for(tmp_path_factory.mktemp("bare"), entropy_model)
-    loop = BareLoop(recipe, text_batches(recipe, prepared))
-    return [loop.step(step)[0] for step in range(STEPS)], loop.model.state_dict()
+    curve, model = bare_curve(recipe, prepared, STEPS)
+    return [loss for loss, _ in curve], model.state_dict()
 
 
 @pytest.fixture(scope="module")

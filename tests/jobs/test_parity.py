@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from jobs.bare_loop import BareLoop, text_batches
 from jobs.recipe import Recipe
-from mmada.data import TextSource, load_tokenizer, prepare
-from tests.jobs.workers import run_together, small_recipe
+from tests.jobs.workers import bare_curve, curves, run_together, small_recipe
 
 STEPS = 20
 TOPOLOGIES = {  # name: (workers, keys)
@@ -34,46 +31,17 @@ TOPOLOGIES = {  # name: (workers, keys)
 TOP_K = {"every expert chosen": (4, 1e-5, 1e-3), "two of four chosen": (2, 1e-3, 5e-2)}
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    return prepare(TextSource(kind="stdlib", limit_documents=40), load_tokenizer("bytes"), folder).folder
-
-
 def recipe_of(run_dir: Path, workers: int, top_k: int, keys: dict[str, Any]) -> Recipe:
     expert_parallel = keys.get("cluster.expert_parallel", 1)
     fixed = {"cluster.workers": workers, "model.num_experts_per_tok": top_k, "cluster.expert_parallel": expert_parallel}
     return small_recipe(run_dir, **fixed, **{k: v for k, v in keys.items() if k != "cluster.expert_parallel"})
 
 
-def curves(
-    rank: int, recipes: dict[str, Recipe], prepared: Path, run_dir: Path
-) -> dict[str, list[tuple[float, float]]]:
-    """(loss, gradient norm) of every step of every recipe, one after the other in the same processes."""
-    from jobs.worker import TrainingWorker
-
-    found = {}
-    for name, recipe in recipes.items():
-        folder = run_dir / name.replace(" ", "-")
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        worker = TrainingWorker(recipe, folder, prepared, torch.device("cpu"), lambda message: None)
-        steps = [worker.train_step(step) for step in range(STEPS)]
-        found[name] = [(metrics["loss"], metrics["gradient_norm"]) for metrics in steps]
-    return found
-
-
 @pytest.fixture(scope="module")
 def bare(prepared, tmp_path_factory) -> dict[int, list[tuple[float, float]]]:
     """The bare loop's curve, by number of chosen experts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    folder, found = tmp_path_factory.mktemp("bare"), {}
-    for top_k, _, _ in TOP_K.values():
-        recipe = recipe_of(folder, 1, top_k, {})
-        loop = BareLoop(recipe, text_batches(recipe, prepared))
-        found[top_k] = [loop.step(step) for step in range(STEPS)]
-    torch.set_num_threads(threads)
-    return found
+    folder = tmp_path_factory.mktemp("bare")
+    return {k: bare_curve(recipe_of(folder, 1, k, {}), prepared, STEPS)[0] for k, _, _ in TOP_K.values()}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +52,7 @@ def stack(prepared, tmp_path_factory) -> dict[tuple[str, int], list[tuple[float,
         for top_k, _, _ in TOP_K.values():
             folder = tmp_path_factory.mktemp("stack")
             recipes = {n: recipe_of(folder, w, top_k, keys) for n, (w, keys) in TOPOLOGIES.items() if w == world}
-            for name, curve in run_together(world, curves, recipes, prepared, folder)[0].items():
+            for name, (curve, _) in run_together(world, curves, recipes, prepared, folder, STEPS)[0].items():
                 found[name, top_k] = curve
     return found
 
@@ -109,9 +77,9 @@ def test_accumulation_changes_nothing_but_rounding(prepared, tmp_path):
     """With the balance loss taken per sequence: the batch's load is not known before its last micro batch."""
     keys = {"train.zero_stage": 2, "cluster.expert_parallel": 2, "model.router_balance_scope": "sequence"}
     recipes = {f"micro {micro}": recipe_of(tmp_path, 2, 4, keys | {"train.micro_batch": micro}) for micro in (1, 2, 4)}
-    found = run_together(2, curves, recipes, prepared, tmp_path)[0]
+    found = run_together(2, curves, recipes, prepared, tmp_path, STEPS)[0]
     for micro in (1, 2):
-        for ours, whole in zip(found[f"micro {micro}"], found["micro 4"], strict=True):
+        for ours, whole in zip(found[f"micro {micro}"][0], found["micro 4"][0], strict=True):
             assert ours[0] == pytest.approx(whole[0], rel=1e-5)
 
 
@@ -138,10 +106,10 @@ VARIANTS = {  # name: (keys, relative tolerance of the loss)
 def variants(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("variants")
     recipes = {name: recipe_of(folder, 2, 4, keys) for name, (keys, _) in VARIANTS.items()}
-    return run_together(2, curves, recipes, prepared, folder)[0]
+    return run_together(2, curves, recipes, prepared, folder, STEPS)[0]
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_offload_checkpointing_and_bf16_follow_the_bare_loop(bare, variants, name):
-    for step, (ours, plain) in enumerate(zip(variants[name], bare[4], strict=True)):
+    for step, (ours, plain) in enumerate(zip(variants[name][0], bare[4], strict=True)):
         assert ours[0] == pytest.approx(plain[0], rel=VARIANTS[name][1]), f"loss of step {step}"

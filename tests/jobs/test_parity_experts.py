@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from jobs.bare_loop import BareLoop, text_batches
 from jobs.recipe import Recipe
-from mmada.data import TextSource, load_tokenizer, prepare
-from tests.jobs.workers import run_together, small_recipe
+from tests.jobs.workers import bare_curve, curves, run_together, small_recipe
 
 STEPS = 8
 EVERYTHING = {
@@ -41,38 +38,13 @@ def recipe_of(run_dir: Path, model: str, **keys: Any) -> Recipe:
     return small_recipe(run_dir, **{"model.num_experts_per_tok": 4, "train.zero_stage": 0} | MODELS[model] | keys)
 
 
-def curves(rank: int, recipes: dict[str, Recipe], prepared: Path, run_dir: Path) -> dict[str, Any]:
-    """(loss, gradient norm) of every step, and the names and shapes that an export would hold."""
-    from jobs.worker import TrainingWorker
-
-    found = {}
-    for name, recipe in recipes.items():
-        folder = run_dir / name.replace(" ", "-")
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        worker = TrainingWorker(recipe, folder, prepared, torch.device("cpu"), lambda message: None)
-        steps = [worker.train_step(step) for step in range(STEPS)]
-        tensors = {name: tuple(tensor.shape) for name, tensor in worker.engine.named_full_tensors()}
-        found[name] = [(metrics["loss"], metrics["gradient_norm"]) for metrics in steps], tensors
-    return found
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    return prepare(TextSource(kind="stdlib", limit_documents=40), load_tokenizer("bytes"), folder).folder
-
-
 @pytest.fixture(scope="module")
 def bare(prepared, tmp_path_factory) -> dict[str, tuple[list[tuple[float, float]], dict[str, tuple[int, ...]]]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     folder, found = tmp_path_factory.mktemp("bare"), {}
     for model in MODELS:
         recipe = recipe_of(folder, model, **{"cluster.workers": 1, "cluster.expert_parallel": 1})
-        loop = BareLoop(recipe, text_batches(recipe, prepared))
-        steps = [loop.step(step) for step in range(STEPS)]
-        found[model] = steps, {name: tuple(p.shape) for name, p in loop.model.named_parameters()}
-    torch.set_num_threads(threads)
+        curve, trained = bare_curve(recipe, prepared, STEPS)
+        found[model] = curve, {name: tuple(p.shape) for name, p in trained.named_parameters()}
     return found
 
 
@@ -80,7 +52,7 @@ def bare(prepared, tmp_path_factory) -> dict[str, tuple[list[tuple[float, float]
 def engines(prepared, tmp_path_factory) -> dict[str, Any]:
     folder, two = tmp_path_factory.mktemp("engines"), {"cluster.workers": 2, "cluster.expert_parallel": 2}
     recipes = {name: recipe_of(folder, model, **two, **keys) for name, (model, keys) in ENGINES.items()}
-    return run_together(2, curves, recipes, prepared, folder)[0]
+    return run_together(2, curves, recipes, prepared, folder, STEPS)[0]
 
 
 @pytest.mark.parametrize("name", sorted(ENGINES))

@@ -1,10 +1,8 @@
 """Going on from a checkpoint: exactly at the same topology, on the same curve at another one."""
 
-import contextlib
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,22 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import ClusterError
 from jobs import export
-from jobs.bare_loop import BareLoop, text_batches
 from jobs.progress import METRICS_FILE, read_metrics
-from mmada.data import TextSource, load_tokenizer, prepare
-from tests.jobs.workers import run_together, small_recipe
+from tests.jobs.workers import bare_curve, run_all, run_together, small_recipe
 
 STEPS, HALF = 8, 4
 # (workers, ZeRO stage, expert parallel) of the run that stops, and of those that go on from it.
 SOURCES = [(2, 1, 1), (2, 2, 2), (2, 3, 2), (1, 1, 1)]
 TARGETS = [(1, 1, 1), (1, 2, 1), (1, 3, 1), (2, 1, 2), (2, 3, 1), (2, 0, 1)]
 PAIRS = [(source, target) for source in SOURCES for target in TARGETS if source != target]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    return prepare(TextSource(kind="stdlib", limit_documents=40), load_tokenizer("bytes"), folder).folder
 
 
 def recipe_for(run_dir, topology):
@@ -48,55 +38,24 @@ def recipe_for(run_dir, topology):
     return small_recipe(run_dir, **fixed)
 
 
-def train_all(rank, jobs, prepared):
-    """Run workers one after the other, each to its end or until it has saved step ``stop``; what each reported."""
-    from jobs.worker import TrainingWorker
-
-    class Stop(Exception):
-        pass
-
-    found = []
-    for recipe, run_dir, stop in jobs:
-        messages = []
-
-        def report(message, messages=messages, stop=stop):
-            messages.append(message)
-            done = torch.tensor([max((row["step"] for row in message.get("history", [])), default=0)])
-            torch.distributed.all_reduce(done)  # ranks stop together
-            if done.item() >= stop:
-                raise Stop
-
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        worker = TrainingWorker(recipe, run_dir, prepared, torch.device("cpu"), report)
-        with contextlib.suppress(Stop):
-            worker.run()
-        found.append(messages)
-    return found
-
-
-def run_all(jobs, prepared):
-    """(losses by step, notes) of every job (recipe, run_dir, stop); all jobs have the same number of workers."""
-    world = jobs[0][0].cluster.workers
-    results = []
-    for messages in run_together(world, train_all, jobs, prepared)[0]:
-        rows = {row["step"]: row["loss"] for message in messages for row in message.get("history", [])}
-        results.append((rows, [note for message in messages for note in message.get("notes", [])]))
-    return results
+def losses_of(jobs, prepared):
+    """(losses by step, notes) of every job (recipe, run_dir, stop)."""
+    return [({row["step"]: row["loss"] for row in rows}, notes) for rows, notes in run_all(jobs, prepared)]
 
 
 NEVER = 10**9
 
 
 def run(recipe, run_dir, prepared, stop=NEVER):
-    return run_all([(recipe, run_dir, stop)], prepared)[0]
+    return losses_of([(recipe, run_dir, stop)], prepared)[0]
 
 
 @pytest.fixture(scope="module")
 def bare(prepared, tmp_path_factory):
     """The uninterrupted curve, and the weights at its end."""
     recipe = recipe_for(tmp_path_factory.mktemp("bare"), (1, 0, 1))
-    loop = BareLoop(recipe, text_batches(recipe, prepared))
-    return [loop.step(step)[0] for step in range(STEPS)], loop.model.state_dict()
+    curve, model = bare_curve(recipe, prepared, STEPS)
+    return [loss for loss, _ in curve], model.state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +64,7 @@ def continued(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("topologies")
     for world in (1, 2):
         saves = [(recipe_for(folder, t), folder / str(t), HALF) for t in SOURCES if t[0] == world]
-        run_all(saves, prepared)
+        losses_of(saves, prepared)
     found = {}
     for world in (1, 2):
         pairs = [(source, target) for source, target in PAIRS if target[0] == world]
@@ -114,7 +73,7 @@ def continued(prepared, tmp_path_factory):
             again = folder / f"{source} to {target}"
             shutil.copytree(folder / str(source) / "checkpoints", again / "checkpoints")
             jobs.append((recipe_for(folder, target), again, NEVER))
-        found |= dict(zip(pairs, run_all(jobs, prepared), strict=True))
+        found |= dict(zip(pairs, losses_of(jobs, prepared), strict=True))
     return found
 
 
@@ -165,7 +124,7 @@ def resumed(prepared, tmp_path_factory):
                 (recipe, place / "halves", HALF),
                 (recipe, place / "halves", NEVER),
             ]
-        results = run_all(jobs, prepared)
+        results = losses_of(jobs, prepared)
         found |= {t: (folder / str(t), *results[3 * i : 3 * i + 3]) for i, t in enumerate(mine)}
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from jobs.bare_loop import BareLoop, text_batches
 from jobs.recipe import Recipe, load_recipe
+from mmada.model import MMaDAForCausalLM
 
 TIMEOUT_S = 240
 
@@ -48,6 +51,68 @@ def run_together(world: int, job: Callable[..., Any], *arguments: Any) -> list[A
         for process in spawned.processes:
             process.kill()
     return [collected[rank] for rank in range(world)]
+
+
+def bare_curve(recipe: Recipe, prepared: Path, steps: int) -> tuple[list[tuple[float, float]], MMaDAForCausalLM]:
+    """(loss, gradient norm) of every step in this process with one thread, and the model after them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    loop = BareLoop(recipe, text_batches(recipe, prepared))
+    curve = [loop.step(step) for step in range(steps)]
+    torch.set_num_threads(threads)
+    return curve, loop.model
+
+
+def curves(
+    rank: int, recipes: dict[str, Recipe], prepared: Path, run_dir: Path, steps: int
+) -> dict[str, tuple[list[tuple[float, float]], dict[str, tuple[int, ...]]]]:
+    """By recipe, one after the other in the same processes: (loss, gradient norm) of every step, and the names and
+    shapes of the tensors that an export would hold."""
+    from jobs.worker import TrainingWorker
+
+    found = {}
+    for name, recipe in recipes.items():
+        folder = run_dir / name.replace(" ", "-")
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        worker = TrainingWorker(recipe, folder, prepared, torch.device("cpu"), lambda message: None)
+        taken = [worker.train_step(step) for step in range(steps)]
+        tensors = {name: tuple(tensor.shape) for name, tensor in worker.engine.named_full_tensors()}
+        found[name] = [(metrics["loss"], metrics["gradient_norm"]) for metrics in taken], tensors
+    return found
+
+
+def run_all(jobs: list[tuple[Recipe, Path, int]], prepared: Path) -> list[tuple[list[dict[str, Any]], list[str]]]:
+    """The metrics of every step and the notes of every job (recipe, run_dir, stop), one job after the other.
+
+    A job runs to its end, or until it has saved step ``stop``. All jobs have the same number of workers.
+    """
+    return run_together(jobs[0][0].cluster.workers, _train_all, jobs, prepared)[0]
+
+
+def _train_all(rank: int, jobs: list[tuple[Recipe, Path, int]], prepared: Path) -> list[Any]:
+    from jobs.worker import TrainingWorker
+
+    class Stop(Exception):
+        pass
+
+    found = []
+    for recipe, run_dir, stop in jobs:
+        messages: list[dict[str, Any]] = []
+
+        def report(message: dict[str, Any], messages: list[dict[str, Any]] = messages, stop: int = stop) -> None:
+            messages.append(message)
+            done = torch.tensor([max((row["step"] for row in message.get("history", [])), default=0)])
+            dist.all_reduce(done)  # ranks stop together
+            if done.item() >= stop:
+                raise Stop
+
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        worker = TrainingWorker(recipe, run_dir, prepared, torch.device("cpu"), report)
+        with contextlib.suppress(Stop):
+            worker.run()
+        rows = [row for message in messages for row in message.get("history", [])]
+        found.append((rows, [note for message in messages for note in message.get("notes", [])]))
+    return found
 
 
 def _joined(
