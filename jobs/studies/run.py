@@ -38,7 +38,7 @@ def run(name: str, arguments: list[str]) -> int:
     )
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write every number to this file too")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="set in all variants")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # keys may stand before and behind options
     console = Console(highlight=False, width=110)
     carry_out(STUDIES[name], options.seeds, options.processes or os.cpu_count() or 1, options, console)
     return 0
