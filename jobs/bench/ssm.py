@@ -1,7 +1,8 @@
 """``mmada bench ssm``: both state-space forms beside transformers' layers of the same sizes, at growing lengths.
 
 transformers runs them in plain PyTorch where its CUDA kernels are missing: Mamba-2 in chunks, Mamba in a loop over
-tokens, whose backward pass touches the whole sequence at every token and is therefore run at short lengths only.
+tokens, whose backward pass touches the whole sequence at every token and is therefore run at short lengths only. The
+chunk changes no value, so Mamba-2 stands there twice: with the chunk of ours and with its own default.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SSD, SCAN = "ssd (mmada)", "selective scan (mmada)"
-MAMBA2, MAMBA = "Mamba2Mixer (transformers)", "MambaMixer (transformers)"
+MAMBA2, MAMBA = "Mamba2Mixer", "MambaMixer"
 
 
 def run(arguments: list[str]) -> int:
@@ -25,7 +26,8 @@ def run(arguments: list[str]) -> int:
         ("width", 128, "model width; twice that inside"),
         ("state", 16, "numbers kept per channel"),
         ("head-dim", 32, "channels of an ssd head"),
-        ("chunk", 64, "tokens of an ssd chunk"),
+        ("chunk", 32, "tokens of an ssd chunk"),
+        ("peer-chunk", 256, "tokens of a chunk in the second Mamba2Mixer, as transformers has it"),
         ("batch", 1, "rows"),
         ("loop-length", 1024, "longest sequence for MambaMixer's loop"),
     ):
@@ -40,6 +42,7 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.quick:
         options.width, options.state, options.head_dim, options.chunk = 16, 4, 8, 8
+        options.peer_chunk = 16
         options.lengths, options.loop_length, options.rounds = [8, 16, 32], 16, 2
     if 2 * options.width % options.head_dim:
         raise CommandError(f"--head-dim={options.head_dim} does not divide twice --width={options.width}; use 32, say")
@@ -47,19 +50,18 @@ def run(arguments: list[str]) -> int:
     def measure(threads: int) -> tuple[list[Any], Any]:
         from jobs.bench.lengths import Runner, caption, race, race_record, race_table
 
+        same, default = (f"{MAMBA2}, chunk {chunk}" for chunk in (options.chunk, options.peer_chunk))
+        chunks = {same: options.chunk, default: options.peer_chunk}  # one, where both are alike
         runners = [
-            Runner(SSD, ours("ssd", options), peers=(MAMBA2,)),
-            Runner(MAMBA2, mamba2(options)),
+            Runner(SSD, ours("ssd", options), peers=tuple(chunks)),
+            *(Runner(name, mamba2(options, chunk)) for name, chunk in chunks.items()),
             Runner(SCAN, ours("selective_scan", options), peers=(MAMBA,)),
             Runner(MAMBA, mamba(options), longest=options.loop_length),
         ]
         times = race(runners, options.lengths, options.batch, options.width, options.rounds)
-        title = (
-            f"state space: width {options.width}, state {options.state}, heads of {options.head_dim}, "
-            f"chunk {options.chunk}"
-        )
-        printed = [race_table(title, runners, times, options.batch), caption(threads, options.rounds)]
-        names = ("width", "state", "head_dim", "chunk", "loop_length")
+        sized = f"width {options.width}, state {options.state}, heads of {options.head_dim}, chunk {options.chunk}; "
+        printed = [race_table("state space", runners, times, options.batch), sized + caption(threads, options.rounds)]
+        names = ("width", "state", "head_dim", "chunk", "peer_chunk", "loop_length")
         sizes = {name: getattr(options, name) for name in names}
         return printed, {"sizes": sizes, "threads": threads, **race_record(runners, times, options.batch)}
 
@@ -74,7 +76,7 @@ def ours(form: str, options: Any) -> nn.Module:
     return mixer_alone("ssm", hidden_size=options.width, num_attention_heads=1, ssm=ssm)
 
 
-def mamba2(options: Any) -> nn.Module:
+def mamba2(options: Any, chunk_size: int) -> nn.Module:
     """transformers' layer; without the kernels of mamba-ssm it computes in PyTorch."""
     from transformers import Mamba2Config
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
@@ -86,7 +88,7 @@ def mamba2(options: Any) -> nn.Module:
         num_heads=2 * options.width // options.head_dim,
         n_groups=1,
         expand=2,
-        chunk_size=options.chunk,
+        chunk_size=chunk_size,
         num_hidden_layers=1,
     )
     return Mamba2Mixer(config, layer_idx=0)

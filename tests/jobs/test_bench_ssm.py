@@ -13,9 +13,11 @@ def test_both_sides_have_the_same_sizes(tmp_path, capfd):
     assert bench.run(["--quick", "--threads", "1", "--json", str(tmp_path / "all.json")]) == 0
     written = json.loads((tmp_path / "all.json").read_text())
     parameters = {name: each["parameters"] for name, each in written["runners"].items()}
-    assert parameters[bench.SSD] == parameters[bench.MAMBA2] and parameters[bench.SCAN] == parameters[bench.MAMBA]
+    same, default = f"{bench.MAMBA2}, chunk 8", f"{bench.MAMBA2}, chunk 16"
+    assert parameters[bench.SSD] == parameters[same] == parameters[default]
+    assert parameters[bench.SCAN] == parameters[bench.MAMBA]
     ran = {length: set(taken) for length, taken in written["milliseconds"].items()}
-    assert ran["16"] == {bench.SSD, bench.MAMBA2, bench.SCAN, bench.MAMBA}
+    assert ran["16"] == {bench.SSD, same, default, bench.SCAN, bench.MAMBA}
     assert ran["32"] == ran["16"] - {bench.MAMBA}  # the loop over tokens is run at short lengths only
     out, err = capfd.readouterr()
     assert err == "" and all(f" {name} " in out for name in parameters) and "time grows as" in out
