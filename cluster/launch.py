@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
 
 from cluster.errors import ClusterError
 
@@ -61,17 +63,19 @@ def run_workers(
     attempt_dir: Path,
     max_failures: int,
     on_message: Callable[[dict[str, Any]], None],
+    on_silence: Callable[[float], None] = lambda seconds: None,
 ) -> None:
     """Run ``worker(config)`` on every worker until all have returned.
 
     ``attempt_dir`` must be new: Ray Train would silently take up what lies in a folder used before.
     ``on_message`` gets, in a thread of this process, every non-empty report (``kind`` ``"report"``) and every failure
-    of the group (``kind`` ``"failure"``, ``errors`` by rank). Raises WorkersFailed.
+    of the group (``kind`` ``"failure"``, ``errors`` by rank); ``on_silence``, there too and about twice a second while
+    nothing comes, the seconds since the last of them. Raises WorkersFailed.
     """
     if attempt_dir.exists():
         raise ClusterError(f"attempt_dir={attempt_dir} exists already; give a folder of its own to every attempt")
     queue = Queue(actor_options={"num_cpus": 0})
-    listener = _Listener(queue, on_message)
+    listener = _Listener(queue, on_message, on_silence)
     listener.start()
     trainer = TorchTrainer(
         worker,
@@ -132,9 +136,11 @@ def _fit(trainer: TorchTrainer) -> None:
 class _Listener(threading.Thread):
     """Hands messages on until the run is over and the queue is empty; what the receiver raised is kept."""
 
-    def __init__(self, queue: Queue, on_message: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self, queue: Any, on_message: Callable[[dict[str, Any]], None], on_silence: Callable[[float], None]
+    ) -> None:
         super().__init__(name="mmada-listener", daemon=True)
-        self._queue, self._on_message = queue, on_message
+        self._queue, self._on_message, self._on_silence = queue, on_message, on_silence
         self._done = threading.Event()
         self.failure: Exception | None = None
 
@@ -144,12 +150,14 @@ class _Listener(threading.Thread):
         self.join(timeout=30)
 
     def run(self) -> None:
+        heard = time.monotonic()
         while True:
             try:
                 message = self._queue.get(timeout=0.5)
             except Empty:
                 if self._done.is_set():
                     return
+                self._on_silence(time.monotonic() - heard)
                 continue
             except ray.exceptions.RayError:
                 return  # Ray itself is going down, and the run with it
@@ -157,3 +165,4 @@ class _Listener(threading.Thread):
                 self._on_message(message)
             except Exception as error:
                 self.failure = self.failure or error
+            heard = time.monotonic()

@@ -128,6 +128,10 @@ class Tracker:
         tags = {"checkpoint.path": path, "checkpoint.step": step, "checkpoint.bytes": bytes}
         self._put(_Item("checkpoint's location", lambda client, run: client.log_batch(run, tags=_tags(tags))))
 
+    def tag(self, tags: Mapping[str, Any]) -> None:
+        """Set tags of the run, for what was not known when its parameters were given."""
+        self._put(_Item(f"tags {', '.join(tags)}", lambda client, run: client.log_batch(run, tags=_tags(tags))))
+
     def artifact(self, path: Path) -> None:
         """Record a file or a folder, as it is when its turn comes."""
         self._put(_Item(f"artifact {path}", lambda client, run: client.log_artifact(run, str(path))))

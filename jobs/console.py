@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 _PLAIN_INTERVAL_S = 15.0  # a log file gets a line this often, a terminal one that moves
+_PATIENCE_S = 120.0  # silence that is spoken of, and again each time that it has doubled
 
 
 class RunLine:
@@ -22,6 +23,7 @@ class RunLine:
         self._last_plain = 0.0
         self._bits: float | None = None
         self._started: tuple[float, int] | None = None
+        self._patience = _PATIENCE_S
         self.steps = 0
 
     def __enter__(self) -> RunLine:
@@ -43,6 +45,17 @@ class RunLine:
             self._live.update(Text(text, style="dim"))
         else:
             self.say(text)
+
+    def silence(self, seconds: float) -> None:
+        """Nothing has been heard for so long: a line now and then, as nobody can tell long work from a hang."""
+        if seconds < _PATIENCE_S:
+            self._patience = _PATIENCE_S
+        elif seconds >= self._patience:
+            self._patience = 2 * seconds
+            self.say(
+                f"nothing from the workers for {seconds:.0f} s: a long step, evaluation or checkpoint, or a hang; "
+                "Ctrl-C ends the run and keeps its last good checkpoint"
+            )
 
     def begin(self, start: int, steps: int) -> None:
         """Training starts (or starts again) after ``start`` of ``steps`` steps."""

@@ -45,6 +45,7 @@ class Progress:
         self.rank, self.world, self._device, self._send = rank, world, device, report
         self._history: list[dict[str, Any]] = []
         self._notes: list[str] = []
+        self._settled: dict[str, Any] = {}
         self._rows_log: TextIO | None = None
         self._last = time.monotonic()
         self._identify(run_dir / "workers.json")
@@ -55,12 +56,17 @@ class Progress:
         """Lines that the driver should show."""
         self._notes += notes if self.rank == 0 else []
 
+    def settle(self, key: str, value: Any) -> None:
+        """What a setting that the recipe leaves open has come to."""
+        self._settled[key] = value
+
     def begin(self, start: int, steps: int) -> None:
         """Say where the run stands before its first step."""
         if self.rank == 0:
             with self._metrics_path.open("a") as file:
                 file.write("\n")  # ends the line that a killed worker may have left half written
-        self._report({"start": start, "steps": steps, "notes": self._notes} if self.rank == 0 else {})
+        first = {"start": start, "steps": steps, "notes": self._notes, "settled": self._settled}
+        self._report(first if self.rank == 0 else {})
 
     def record_rows(self, step: int, indices: np.ndarray) -> None:
         """Keep which rows this worker read at ``step``: the evidence that nothing was skipped or seen twice."""

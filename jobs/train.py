@@ -165,6 +165,7 @@ class TrainingRun:
                 attempt_dir=self.run_dir / "ray" / f"attempt-{attempt}",
                 max_failures=cluster.max_failures,
                 on_message=self._hear,
+                on_silence=self.line.silence,
             )
         except (WorkersFailed, ClusterError, KeyboardInterrupt) as error:
             return error
@@ -178,6 +179,8 @@ class TrainingRun:
         elif "start" in message:
             for note in message["notes"]:
                 self.line.say(note)
+            if message["settled"]:
+                self.tracker.tag(message["settled"])
             self.line.begin(message["start"], message["steps"])
             self.record.steps = message["start"]
             for row in read_metrics(self.run_dir, up_to=message["start"]):

@@ -148,7 +148,7 @@ class TrainingWorker:
             self.engine.step(learning_rate)
             losses = [output.lm_loss]
             if output.expert_load is not None:
-                losses += [output.aux_loss, output.z_loss]
+                losses += [output.aux_loss, output.z_loss, output.source_balance]
                 loads.append(output.expert_load)
             if output.num_patches is not None:
                 num_patches.append(output.num_patches.sum())
@@ -164,7 +164,8 @@ class TrainingWorker:
             load_LE = torch.stack(loads).sum(0)
             self.model.update_router_bias(load_LE)
             violation_L = load_LE.max(dim=1).values / load_LE.mean(dim=1) - 1
-            metrics |= {"router_balance_loss": means[1], "router_z_loss": means[2]}
+            names = ("router_balance_loss", "router_z_loss", "router_source_balance")
+            metrics |= dict(zip(names, means[1:], strict=True))
             metrics["expert_load_max_violation"] = float(violation_L.max())
         return metrics
 
@@ -222,11 +223,14 @@ class TrainingWorker:
 
     def _agree_on_threshold(self, resume: Resume | None) -> None:
         """Where the recipe leaves the threshold of byte patches to its text, all take what rank 0 finds."""
+        is_open = self.model.config.patches.threshold is None
         saved = resume.folder / "model" if resume is not None and resume.folder is not None else None
         self.progress.note(settle_threshold(self.model, self.rows, saved))
         found = [self.model.config.patches.threshold]
         dist.broadcast_object_list(found, src=0)
         self.model.config.patches.threshold = found[0]
+        if is_open and found[0] is not None:
+            self.progress.settle("model.patches.threshold", found[0])
 
     def _sum(self, value: Tensor) -> Tensor:
         if self.world > 1:

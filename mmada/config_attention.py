@@ -46,7 +46,7 @@ def check_attention(config: MMaDAConfig) -> None:
     for name, example in (("attn_logit_softcapping", 50), ("final_logit_softcapping", 30)):
         cap = getattr(config, name)
         if cap is not None and cap <= 0:
-            raise ValueError(f"{name}={cap} is not positive; use {example}, say, or None for no cap")
+            raise ValueError(f"{name}={cap} is not positive; use {example}, say, or null for no cap")
     exact = config.relative_attention_num_buckets // 2
     if config.relative_attention_max_distance <= exact:
         raise ValueError(
@@ -86,5 +86,7 @@ def _check_rotary(config: MMaDAConfig) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             example = {"rope_theta": 10000.0, "factor": 4.0}[name]
             raise ValueError(f"rope_parameters.{name}={value} is not a positive number; use {example}, say")
+    if (factor := parameters.get("factor", 1.0)) < 1:
+        raise ValueError(f"rope_parameters.factor={factor} would shorten the context; use 1 or more")
     if kind == "ntk" and config.head_dim <= 2:
         raise ValueError(f"head_dim={config.head_dim} leaves rope_type=ntk a single pair to turn; use 4 or more")

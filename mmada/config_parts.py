@@ -124,7 +124,8 @@ class MemorySettings:
     ``num_heads``, ``head_dim``: memories side by side. ``chunk_size``: tokens whose gradients are taken at the same
         weights. ``momentum``, ``forgetting``, ``convolution``: switch these parts.
     ``conv_kernel``: tokens of the convolution after query, key and value.
-    ``max_step``: largest θ. ``max_gradient_norm``: a token's gradient is shrunk smoothly to stay below; null: never.
+    ``max_step``: largest θ. ``max_gradient_norm``: a token's gradient is shrunk smoothly to stay below; null: never,
+        and a memory whose surprise grows with its weights may then diverge.
     ``gate``: ``"continuous"``, ``"hard"`` or ``"soft"`` update by surprise over ``surprise_threshold``
         (``surprise_temperature`` for soft).
     ``num_persistent_tokens``: learned tokens before the sequence, and before each segment of ``memory_context``.

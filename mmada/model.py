@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -30,21 +29,9 @@ from mmada.nn.patches.byte_patches import BytePatches
 from mmada.nn.positions import rotary_cos_sin
 from mmada.nn.robustness import InputNoise
 from mmada.nn.router import RouterTap, mix64, selection_bias_of
+from mmada.output import MMaDAOutput
 from mmada.tokenizer import register_tokenizer
 from mmada.training.objectives.router import router_losses, without_padding
-
-
-@dataclass
-class MMaDAOutput(MoeCausalLMOutputWithPast):
-    """``loss`` is what training minimises; the parts beside it are detached and for reading.
-
-    ``num_patches`` (B,): patches of bytes that this forward pass finished, which the states inside are over.
-    """
-
-    lm_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    expert_load: Tensor | None = None
-    num_patches: Tensor | None = None
 
 
 class MMaDAPreTrainedModel(PreTrainedModel):
@@ -341,7 +328,7 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
             sequence_lengths = result.num_patches.tolist()
         elif attention_mask is not None:  # if it hides nothing, too: workers must agree on what they add up
             logits, sequence_lengths = without_padding(logits, attention_mask[:, -length:].bool())
-        balance, z, result.expert_load = router_losses(
+        losses = router_losses(
             logits,
             self.config.num_experts_per_tok,
             [selection_bias_of(block.mlp) for block in blocks],
@@ -349,8 +336,10 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
             self.config.router_balance_scope,
             self.reduce_load,
         )
-        result.aux_loss, result.z_loss = balance.detach(), z.detach()
-        result.loss = result.loss + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
+        result.aux_loss, result.z_loss = losses.balance.detach(), losses.z.detach()
+        result.expert_load, result.source_balance = losses.load, losses.source_balance
+        result.loss = result.loss + self.config.router_aux_loss_coef * losses.balance
+        result.loss = result.loss + self.config.router_z_loss_coef * losses.z
 
     @torch.no_grad()
     def update_router_bias(self, load_LE: Tensor) -> None:

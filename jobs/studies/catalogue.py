@@ -5,7 +5,7 @@ from __future__ import annotations
 from jobs.studies.study import Claim, RecallTaskSetting, Study, TextTask
 
 _LONG, _SHORT = "at 2048", "at 128"
-_FAR = "at 192"
+_TRAINED = "at 48"
 
 POSITIONS = Study(
     title="Position schemes trained at 128 tokens and read at up to 2048",
@@ -50,9 +50,9 @@ MEMORY = Study(
 )
 
 RECALL = Study(
-    title="Associative recall, questions 80 tokens and more behind a window of 32",
+    title="Associative recall, questions 40 tokens and more behind two layers' windows of 16",
     recipe="hybrid",
-    task=RecallTaskSetting(lengths=(96, 192)),
+    task=RecallTaskSetting(lengths=(48, 96), num_pairs=4, num_symbols=8),
     variants={
         "attention": ["model.mixer_types=attention"],
         "window": ["model.mixer_types=window"],
@@ -62,13 +62,18 @@ RECALL = Study(
         "memory and window": ["model.mixer_types=memory_gate"],
     },
     claims=[
-        Claim("hybrid", "window", _FAR),
-        Claim("hybrid", "state space", _FAR),
-        Claim("memory and window", "window", _FAR),
-        Claim("memory", "window", _FAR),
+        Claim("hybrid", "window", _TRAINED),
+        Claim("hybrid", "state space", _TRAINED),
+        Claim("memory and window", "window", _TRAINED),
+        Claim("memory", "window", _TRAINED),
     ],
     lower_is_better=False,
-    common=["model.position_embedding_type=none"],  # so that rows longer than those of training are nothing new
+    common=[
+        "model.position_embedding_type=none",  # so that rows longer than those of training are nothing new
+        "model.sliding_window=16",
+        "train.sequence_length=48",
+        "train.steps=1000",
+    ],
 )
 
 EXPERTS = Study(

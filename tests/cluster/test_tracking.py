@@ -133,6 +133,7 @@ def record_and_continue(uri: str | None, run_dir: Path) -> tuple[str, str, list[
     tracker.figure("learning_curve", a_figure())
     tracker.artifact(run_dir / "logs")
     tracker.checkpoint(run_dir / "checkpoints" / "step-00000003", 3, 4096)
+    tracker.tag({"model.patches.threshold": 1.25})
     time.sleep(0.5)
     assert tracker.finish("failed") == []
     assert client(tracker.uri).get_run(run_id).info.status == "FAILED"
@@ -168,6 +169,7 @@ def check_recorded(uri: str, run_id: str, artifacts: list[str], run_dir: Path) -
         "checkpoint.path": str(run_dir / "checkpoints" / "step-00000003"),
         "checkpoint.step": "3",
         "checkpoint.bytes": "4096",
+        "model.patches.threshold": "1.25",
     }
     assert points(uri, run_id, "loss") == [(1, 4.0), (2, 2.0), (3, 4 / 3), (4, 1.0), (5, 0.8)]
     assert points(uri, run_id, "bits_per_byte") == [(1, 8.0), (2, 4.0), (3, 8 / 3)]

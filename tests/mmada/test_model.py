@@ -95,12 +95,13 @@ def test_every_parameter_is_trained():
 def test_splitting_a_batch_changes_neither_noise_nor_loss():
     """Two workers with a row each, their gradients averaged, and one worker with both rows."""
     tokens, model = ids(2, 16), make_model(torch.float64).train()
-    targets = 2 * 15
+    targets, uses = 2 * 15, []
+    model.reduce_load = lambda use: uses.append(use) or use
     whole = model(tokens, labels=tokens, sample_ids=torch.tensor([3, 4]), num_items_in_batch=targets)
     whole.loss.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    model.reduce_load = lambda load: whole.expert_load
+    model.reduce_load = lambda use: uses[0]
     for row in range(2):
         part = model(
             tokens[row : row + 1],
@@ -133,9 +134,10 @@ def test_padding_counts_for_nothing_in_the_routers_losses(scope):
     padded = model(tokens, attention_mask=mask, labels=tokens.where(mask == 1, -100))
     rows = [model(tokens[row : row + 1, mask[row].bool()]).router_logits for row in range(2)]
     joined = [torch.cat(layers) for layers in zip(*rows, strict=True)]
-    balance, z, load = router_losses(joined, 2, [None] * len(joined), [7, 11, 0], scope, None)
-    assert_close((padded.aux_loss, padded.z_loss), (balance.detach(), z.detach()))
-    assert torch.equal(padded.expert_load, load) and load[0].sum() == 2 * 18
+    losses = router_losses(joined, 2, [None] * len(joined), [7, 11, 0], scope, None)
+    assert_close((padded.aux_loss, padded.z_loss), (losses.balance.detach(), losses.z.detach()))
+    assert torch.equal(padded.expert_load, losses.load) and losses.load[0].sum() == 2 * 18
+    assert_close(padded.source_balance, losses.source_balance)
     nothing = model(tokens[2:], attention_mask=mask[2:], labels=tokens[2:])
     assert nothing.aux_loss == 0 and nothing.z_loss == 0 and nothing.loss.isfinite()
 

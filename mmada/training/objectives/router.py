@@ -6,18 +6,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass
+class RouterLosses:
+    """``balance`` and ``z``: to be minimised. ``load`` (layers, E): tokens that chose each expert, over all workers.
+
+    ``source_balance``: another measure of balance, 1 where all are used alike; see there.
+    """
+
+    balance: Tensor
+    z: Tensor
+    load: Tensor
+    source_balance: Tensor
+
+
 def expert_load(logits_TE: Tensor, top_k: int, selection_bias: Tensor | None = None) -> Tensor:
     """How many of the tokens chose each expert: (E,), float32, no gradient."""
-    with torch.no_grad():
-        scores_TE = logits_TE.softmax(dim=-1)
-        choice_TE = scores_TE if selection_bias is None else scores_TE + selection_bias
-        index = choice_TE.topk(top_k, dim=-1).indices.flatten()
-        return torch.bincount(index, minlength=logits_TE.shape[-1]).to(torch.float32)
+    return expert_use(logits_TE, top_k, selection_bias)[0]
+
+
+@torch.no_grad()
+def expert_use(logits_TE: Tensor, top_k: int, selection_bias: Tensor | None = None) -> Tensor:
+    """What each expert got of the tokens, (3, E), float32: choices; weights, over the chosen 1; probabilities."""
+    scores_TE = logits_TE.softmax(dim=-1)
+    choice_TE = scores_TE if selection_bias is None else scores_TE + selection_bias
+    index_TK = choice_TE.topk(top_k, dim=-1).indices
+    weights_TK = scores_TE.gather(-1, index_TK)
+    num_experts = logits_TE.shape[-1]
+    load_E = torch.bincount(index_TK.flatten(), minlength=num_experts)
+    weight_E = importance(weights_TK / weights_TK.sum(dim=-1, keepdim=True), index_TK, num_experts)
+    return torch.stack([each.to(torch.float32) for each in (load_E, weight_E, scores_TE.sum(dim=0))])
 
 
 def balance_loss(logits_TE: Tensor, load_E: Tensor, load_tokens: Tensor | float) -> Tensor:
@@ -62,6 +85,16 @@ def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, spread_TE: Tensor, top_k: in
     return torch.special.ndtr((clean_TE - threshold_TE) / spread_TE).sum(dim=0)
 
 
+def source_balance(weight_E: Tensor, probability_E: Tensor) -> Tensor:
+    """E · Σ_e (mean weight of e) · (mean probability of e), from their sums over tokens; 1 where all are used alike.
+
+    Only to be read: where weights and probabilities run against each other it falls below 1, so minimising it would
+    not balance the experts. Of no tokens it is 0.
+    """
+    tokens = probability_E.sum().clamp(min=1)
+    return len(weight_E) * (weight_E / tokens * probability_E / tokens).sum()
+
+
 def without_padding(layer_logits_TE: Sequence[Tensor], real_BT: Tensor) -> tuple[list[Tensor], list[int]]:
     """Logits (B·T, E) of the real tokens alone, and how many of these each row has."""
     return [logits_TE[real_BT.flatten()] for logits_TE in layer_logits_TE], real_BT.sum(dim=1).tolist()
@@ -74,22 +107,24 @@ def router_losses(
     sequence_lengths: int | list[int],
     scope: str,
     reduce_load: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Balance loss and z-loss, each the mean over expert layers, and the load (layers, E) of the joined batch.
+) -> RouterLosses:
+    """The losses, each the mean over expert layers, and what the experts got of the joined batch.
 
     The balance loss is taken layer by layer: pooling the layers first, as Mixtral's code does, lets one layer's
     crowd hide another's. ``reduce_load`` sums a tensor of counts over all workers; None means one worker.
     ``sequence_lengths``: tokens of every sequence, or of each where they differ; workers with more tokens then count
     for more, so that their mean is that over all tokens.
     """
-    load_LE = torch.stack([expert_load(z, top_k, b) for z, b in zip(layer_logits_TE, selection_biases, strict=True)])
+    pairs = list(zip(layer_logits_TE, selection_biases, strict=True))
+    use_3LE = torch.stack([expert_use(logits_TE, top_k, bias) for logits_TE, bias in pairs], dim=1)
     if reduce_load is not None:
-        load_LE = reduce_load(load_LE)
+        use_3LE = reduce_load(use_3LE)
+    load_LE, weight_LE, probability_LE = use_3LE
     if scope == "sequence":
         pieces = [
             balance_loss(piece, expert_load(piece, top_k, bias), max(1, piece.shape[0]))
-            for z, bias in zip(layer_logits_TE, selection_biases, strict=True)
-            for piece in z.split(sequence_lengths)
+            for logits_TE, bias in pairs
+            for piece in logits_TE.split(sequence_lengths)
         ]
     else:
         pieces = [
@@ -101,4 +136,5 @@ def router_losses(
         mean_tokens = load_LE[0].sum() / top_k / reduce_load(torch.ones_like(load_LE[0, :1]))[0]
         share = layer_logits_TE[0].shape[0] / mean_tokens.clamp(min=1)
         balance, z = balance if scope == "sequence" else share * balance, share * z
-    return balance, z, load_LE
+    source = torch.stack([source_balance(*layer) for layer in zip(weight_LE, probability_LE, strict=True)]).mean()
+    return RouterLosses(balance, z, load_LE, source)

@@ -9,9 +9,11 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from mmada.training.objectives.router import (
     balance_loss,
     expert_load,
+    expert_use,
     importance,
     router_losses,
     smooth_load,
+    source_balance,
     squared_coefficient_of_variation,
     z_loss,
 )
@@ -85,6 +87,19 @@ def test_importance_adds_up_the_weights():
     assert_close(importance(weights, torch.tensor([[0, 2], [2, 1]]), 4), torch.tensor([0.7, 0.4, 0.9, 0.0]))
 
 
+def test_the_sources_balance_is_one_for_even_use_and_less_where_weights_and_probabilities_disagree():
+    load, weight, probability = expert_use(torch.eye(4, dtype=torch.float64), 1)
+    assert load.tolist() == weight.tolist() == [1.0] * 4
+    assert_close(source_balance(weight, probability).item(), 1.0)
+    falling, rising = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert_close(source_balance(falling, rising).item(), 0.8)
+    logits = torch.randn(7, 5, dtype=torch.float64)
+    chosen = logits.softmax(-1).topk(2)
+    weight = importance(chosen.values / chosen.values.sum(-1, keepdim=True), chosen.indices, 5) / 7
+    by_hand = 5 * (weight * logits.softmax(-1).mean(0)).sum()
+    assert_close(source_balance(*expert_use(logits, 2)[1:]).double(), by_hand, rtol=1e-6, atol=0)
+
+
 def test_a_balanced_router_costs_k():
     assert_close(balance_loss(torch.zeros(8, 4), torch.full((4,), 4.0), 8).item(), 2.0)
 
@@ -94,17 +109,19 @@ def test_the_mean_over_workers_is_the_loss_of_the_joined_batch(scope):
     """Two workers with half of the rows each, and one with all of them: same loss, same gradient."""
     layers = [torch.randn(4 * 10, 5, dtype=torch.float64) for _ in range(3)]  # 4 sequences of 10 tokens
     joined = [z.clone().requires_grad_() for z in layers]
-    whole, _, whole_load = router_losses(joined, 2, [None] * 3, 10, scope, None)
-    whole.backward()
+    whole = router_losses(joined, 2, [None] * 3, 10, scope, None)
+    whole.balance.backward()
+    summed = torch.stack([expert_use(z, 2) for z in layers], dim=1)
     halves, gradients = [], []
     for part in (slice(0, 20), slice(20, 40)):
         own = [z[part].clone().requires_grad_() for z in layers]
-        loss, _, load = router_losses(own, 2, [None] * 3, 10, scope, lambda counts: whole_load)
-        assert torch.equal(load, whole_load)
-        loss.backward()
-        halves.append(loss)
+        half = router_losses(own, 2, [None] * 3, 10, scope, lambda use: summed)
+        assert torch.equal(half.load, whole.load)
+        assert_close(half.source_balance, whole.source_balance, rtol=1e-6, atol=0)
+        half.balance.backward()
+        halves.append(half.balance)
         gradients.append([z.grad / 2 for z in own])
-    assert_close(sum(halves) / 2, whole, rtol=1e-9, atol=1e-12)
+    assert_close(sum(halves) / 2, whole.balance, rtol=1e-9, atol=1e-12)
     for parts, z in zip(zip(*gradients, strict=True), joined, strict=True):
         assert_close(torch.cat(parts), z.grad, rtol=1e-9, atol=1e-12)
 
@@ -115,23 +132,24 @@ def test_workers_whose_sequences_differ_in_length(scope):
     lengths = [[3, 9], [8, 12]]
     layers = [torch.randn(32, 5, dtype=torch.float64) for _ in range(2)]
     joined = [z.clone().requires_grad_() for z in layers]
-    balance, z_loss, whole_load = router_losses(joined, 2, [None] * 2, lengths[0] + lengths[1], scope, None)
-    (balance + z_loss).backward()
+    whole = router_losses(joined, 2, [None] * 2, lengths[0] + lengths[1], scope, None)
+    (whole.balance + whole.z).backward()
+    summed = torch.stack([expert_use(z, 2) for z in layers], dim=1)
     totals, gradients = [], []
     for part, own_lengths in zip((slice(0, 12), slice(12, 32)), lengths, strict=True):
         own = [z[part].clone().requires_grad_() for z in layers]
-        answers = iter([whole_load, torch.tensor([2.0])])
-        parts = router_losses(own, 2, [None] * 2, own_lengths, scope, lambda counts, answers=answers: next(answers))
-        sum(parts[:2]).backward()
-        totals.append(sum(parts[:2]))
+        answers = iter([summed, torch.tensor([2.0])])
+        parts = router_losses(own, 2, [None] * 2, own_lengths, scope, lambda use, answers=answers: next(answers))
+        (parts.balance + parts.z).backward()
+        totals.append(parts.balance + parts.z)
         gradients.append([z.grad / 2 for z in own])
-    assert_close(sum(totals) / 2, balance + z_loss, rtol=1e-9, atol=1e-12)
+    assert_close(sum(totals) / 2, whole.balance + whole.z, rtol=1e-9, atol=1e-12)
     for parts, z in zip(zip(*gradients, strict=True), joined, strict=True):
         assert_close(torch.cat(parts), z.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_one_layers_crowd_is_not_hidden_by_another():
     crowd = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
-    loss, _, _ = router_losses([crowd, crowd.flip(-1)], 1, [None, None], 2, "batch", None)
+    loss = router_losses([crowd, crowd.flip(-1)], 1, [None, None], 2, "batch", None).balance
     assert loss > 1.9  # pooled over the layers, as in Mixtral's code, it would be 1, the value of perfect balance
     assert load_balancing_loss_func((crowd, crowd.flip(-1)), num_experts=2, top_k=1) == pytest.approx(1.0)

@@ -234,13 +234,14 @@ def test_splitting_a_batch_changes_neither_noise_nor_loss(scope):
         num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16, router_balance_scope=scope
     ).train()
     model.model.layers[0].router_tap.noise_weight.data.normal_()
-    ids, targets = torch.tensor([3, 4]), 2 * 39
+    ids, targets, uses = torch.tensor([3, 4]), 2 * 39, []
+    model.reduce_load = lambda use: uses.append(use) or use
     whole = model(tokens, labels=tokens, sample_ids=ids, num_items_in_batch=targets)
     assert whole.num_patches[0] != whole.num_patches[1]
     whole.loss.backward()
     expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
-    model.reduce_load = lambda counts: whole.expert_load if counts.dim() == 2 else 2 * counts
+    model.reduce_load = lambda use: uses[0] if use.dim() == 3 else 2 * use
     for row in range(2):
         own = tokens[row : row + 1]
         part = model(own, labels=own, sample_ids=ids[row : row + 1], num_items_in_batch=targets / 2)
