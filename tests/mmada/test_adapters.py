@@ -16,7 +16,9 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 5}
 
 def adapted(model):
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    frozen = ".*entropy_model.*" if model.config.patches.needs_entropy_model else None
+    settings = LoraConfig(r=4, target_modules="all-linear", exclude_modules=frozen, task_type="CAUSAL_LM")
+    return get_peft_model(model, settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

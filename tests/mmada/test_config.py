@@ -34,6 +34,10 @@ from mmada.presets import build_config
             {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}},
             "rope_parameters.rope_type=spiral is unknown",
         ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}},
+            "rope_parameters.factor=0.5 would shorten the context; use 1 or more",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(overrides, said):
