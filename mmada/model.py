@@ -189,6 +189,9 @@ class MMaDAModel(MMaDAPreTrainedModel):
         )
         if are_given and length > 1:
             context.documents_BT = packed_documents(position_ids, context.valid_BT(), past)
+        if cache is not None:
+            cache.refuse_packed()
+            cache.is_packed = context.documents_BT is not None
         config = self.config if self.patches is None else self.patches.local_config
         if config.position_embedding_type == "rope":
             context.rotary = rotary_cos_sin(config, position_ids, hidden_BTD.dtype)
@@ -227,8 +230,11 @@ class MMaDAModel(MMaDAPreTrainedModel):
 
 def entropy_model_of(config: MMaDAConfig) -> MMaDAForCausalLM | None:
     """The small model of bytes that sets patch boundaries, where the rule asks one."""
-    patches = config.patches
-    return MMaDAForCausalLM(MMaDAConfig(**patches.entropy_model)) if patches.needs_entropy_model else None
+    if not config.patches.needs_entropy_model:
+        return None
+    small = MMaDAConfig(**config.patches.entropy_model)
+    small._attn_implementation = config._attn_implementation
+    return MMaDAForCausalLM(small)
 
 
 class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):

@@ -88,13 +88,15 @@ class MMaDACache(Cache):
     """The state of all layers, and how many tokens it is of.
 
     ``columns`` counts what was fed, padding included; rows that had padding differ in the real tokens they hold.
-    ``valid_BS`` says which columns were real, None where all were.
+    ``valid_BS`` says which columns were real, None where all were. ``is_packed``: rows hold several documents, which
+    do not see each other; such a cache can neither grow nor be cut, as no layer keeps where they begin.
     """
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[LayerState() for _ in range(num_layers)])
         self.valid_BS: Tensor | None = None
         self.columns = 0
+        self.is_packed = False
 
     @property
     def lengths_B(self) -> Tensor | None:
@@ -135,6 +137,7 @@ class MMaDACache(Cache):
             raise ValueError(f"crop({tokens_to_remove}) is positive; give the columns to remove as a negative number")
         if -tokens_to_remove > self.columns:
             raise ValueError(f"crop({tokens_to_remove}) removes more than the {self.columns} columns that there are")
+        self.refuse_packed()
         columns = self.columns + tokens_to_remove
         removed: Tensor | int = -tokens_to_remove
         totals: Tensor | int = columns
@@ -144,6 +147,11 @@ class MMaDACache(Cache):
             totals = valid_BS.sum(dim=1)
         self._crop_parts(totals, removed)
         self.columns, self.valid_BS = columns, valid_BS
+
+    def refuse_packed(self) -> None:
+        """Raise ValueError where rows hold several documents."""
+        if self.is_packed:
+            raise ValueError("past_key_values holds rows of several documents; give each document a row of its own")
 
     def check_crop_rows(self, removed_B: Tensor) -> None:
         """Raise ValueError where ``crop_rows`` would."""
@@ -194,7 +202,7 @@ class MMaDACache(Cache):
         """Forget everything."""
         for layer in self.layers:
             layer.reset()
-        self.valid_BS, self.columns = None, 0
+        self.valid_BS, self.columns, self.is_packed = None, 0, False
 
     @property
     def batch_size(self) -> int:

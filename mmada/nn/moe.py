@@ -33,6 +33,14 @@ class Gate(nn.Linear):
         if config.router_bias_update_rate > 0:
             self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Gate:
+        bias = self._buffers.get("e_score_correction_bias")
+        super()._apply(fn, recurse)
+        moved = self._buffers.get("e_score_correction_bias")
+        if bias is not None and moved is not None and moved.itemsize < 4:  # its small steps would be lost
+            self._buffers["e_score_correction_bias"] = bias.to(moved.device)
+        return self
+
     def forward(self, flat_TD: Tensor) -> Tensor:
         wide = torch.promote_types(flat_TD.dtype, torch.float32)
         return nn.functional.linear(flat_TD.to(wide), self.weight.to(wide))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.bare_loop import text_batches
 from jobs.recipe import Recipe, load_recipe
 from mmada.config import MIXER_TYPES
 from tests.jobs.workers import bare_curve, run_together
@@ -18,11 +19,21 @@ SPARSE = [
     "model.memory.surprise_threshold=0.3",
     "model.memory.segment_size=2",
 ]
+# One expert for a token, and after the first step only those that had fewer tokens than their share.
+IDLE = [
+    "model.num_hidden_layers=2",
+    "model.mixer_types=hybrid,memory_gate",
+    "model.num_experts_per_tok=1",
+    "model.cross_expert_attention=false",
+    "model.router_bias_update_rate=10",
+]
 CASES = {  # name: (ZeRO stage, keys of the model)
     "ZeRO 1": (1, []),
     "ZeRO 2": (2, []),
     "ZeRO 3": (3, []),
     "ZeRO 3, parts that a batch may not touch": (3, SPARSE),
+    "ZeRO 2, experts that no token chooses": (2, IDLE),
+    "ZeRO 3, experts that no token chooses": (3, IDLE),
 }
 # Small enough for a test; with every expert chosen rounding has no choice to flip.
 SMALL = [
@@ -41,10 +52,10 @@ def recipe_of(run_dir: Path, *keys: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def bare(prepared, tmp_path_factory) -> dict[bool, list[tuple[float, float]]]:
-    """Loss and gradient norm of every step in one process, without and with SPARSE."""
+def bare(prepared, tmp_path_factory) -> dict[tuple[str, ...], list[tuple[float, float]]]:
+    """Loss and gradient norm of every step in one process, by the keys of the model."""
     folder = tmp_path_factory.mktemp("bare")
-    return {bool(keys): bare_curve(recipe_of(folder, *keys), prepared, STEPS)[0] for keys in ([], SPARSE)}
+    return {tuple(keys): bare_curve(recipe_of(folder, *keys), prepared, STEPS)[0] for keys in ([], SPARSE, IDLE)}
 
 
 def straight_and_resumed(rank: int, folder: Path, prepared: Path) -> dict[str, tuple]:
@@ -84,10 +95,16 @@ def test_the_recipe_holds_every_kind_of_mixer():
     assert set(load_recipe("backbone-all").model.overrides()["mixer_types"].split(",")) == set(MIXER_TYPES)
 
 
+def test_the_second_step_leaves_experts_idle_where_it_should(prepared, tmp_path):
+    recipe = recipe_of(tmp_path, *IDLE)
+    model = bare_curve(recipe, prepared, 1)[1]
+    assert (model.train()(**text_batches(recipe, prepared)(1)).expert_load == 0).any(dim=1).all()
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
 def test_two_workers_follow_one_process(bare, stack, case):
-    for step, (ours, plain) in enumerate(zip(stack[case][0], bare[bool(CASES[case][1])], strict=True)):
+    for step, (ours, plain) in enumerate(zip(stack[case][0], bare[tuple(CASES[case][1])], strict=True)):
         assert ours[0] == pytest.approx(plain[0], rel=1e-5), f"loss of step {step}"
         assert ours[1] == pytest.approx(plain[1], rel=1e-3), f"gradient norm of step {step}"
 

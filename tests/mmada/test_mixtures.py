@@ -122,6 +122,18 @@ def test_packed_documents_are_as_good_as_rows_of_their_own(name):
         assert_close(gradients, results[0][1], rtol=1e-5, atol=1e-8)
 
 
+def test_a_cache_of_packed_documents_neither_grows_nor_shrinks():
+    """A token behind them would see them all in some layers and only the last in others."""
+    model, tokens = make_mixture("hybrid"), random_ids(1, 12)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    cache = model(tokens, position_ids=positions, use_cache=True).past_key_values
+    for use in (lambda: model(tokens[:, :1], past_key_values=cache), lambda: cache.crop(-1)):
+        with pytest.raises(ValueError, match="several documents; give each document a row of its own"):
+            use()
+    cache.reset()
+    assert_close(model(tokens, past_key_values=cache).logits, model(tokens, use_cache=False).logits, **CLOSE)
+
+
 @every_mixture
 @torch.no_grad()
 def test_a_token_changes_nothing_before_it(name):

@@ -159,6 +159,15 @@ def test_labels_and_shifted_labels_agree():
     assert_close(model(tokens, labels=tokens).loss, model(tokens, shift_labels=shifted).loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_bias_of_loss_free_balancing_stays_in_float32(dtype):
+    gate = make_model(router_bias_update_rate=0.001).model.layers[1].mlp.gate
+    gate.e_score_correction_bias.fill_(0.501)
+    gate.to(dtype)
+    assert gate.weight.dtype == dtype and gate.e_score_correction_bias.dtype == torch.float32
+    assert torch.equal(gate.e_score_correction_bias, torch.full_like(gate.e_score_correction_bias, 0.501))
+
+
 def test_loss_free_balancing_moves_the_bias_towards_idle_experts():
     model = make_model(router_bias_update_rate=0.1)
     model.update_router_bias(torch.tensor([[10.0, 0.0, 4.0, 2.0]]))

@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from mmada.config import MMaDAConfig
 from mmada.model import MMaDAForCausalLM, MMaDAModel
 from tests.mmada.mixtures import every_kind, is_patched, make_mixture, random_ids
 
@@ -54,12 +55,19 @@ def test_attention_is_chosen_at_loading_and_later(name, tmp_path):
     expected = model(tokens).logits
     for attention in ("eager", "blockwise"):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
-        assert loaded.config._attn_implementation == attention
+        assert kernels_of(loaded) == {attention}
         assert_close(loaded(tokens).logits, expected, **CLOSE)
         with_cache, without = (loaded.generate(tokens, use_cache=on, **GREEDY) for on in (True, False))
         assert torch.equal(with_cache, without)
     loaded.set_attn_implementation("sdpa")
     assert_close(loaded(tokens).logits, expected, **CLOSE)
+    assert kernels_of(loaded) == {"sdpa"}
+
+
+def kernels_of(model):
+    """What every part of the model has been told to compute attention with."""
+    configs = [module.config for module in model.modules() if isinstance(getattr(module, "config", None), MMaDAConfig)]
+    return {config._attn_implementation for config in configs}
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -74,6 +74,7 @@ class BytePatches(nn.Module):
 
         ``run_stack(patches_BPG, context, cache)`` runs the blocks; where no row finished a patch it is not called.
         """
+        self.local_config._attn_implementation = self.config._attn_implementation  # which may be set at any time
         state = None if cache is None else cache.layers[0].part("patches", self._new_state)
         local = None if state is None else state.local
         index_BT = numbers_in_documents(context.index_BT().expand(context.shape), context.documents_BT)
