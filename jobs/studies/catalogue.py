@@ -26,7 +26,7 @@ POSITIONS = Study(
 )
 
 MEMORY = Study(
-    title="Neural memory: what each of its parts is good for",
+    title="Neural memory without attention: what each of its parts is good for",
     recipe="memory",
     task=TextTask(lengths=(128,)),
     variants={
@@ -47,10 +47,11 @@ MEMORY = Study(
         Claim("no convolution", "no forgetting", _SHORT),
     ],
     lower_is_better=True,
+    common=["model.mixer_types=memory", "train.steps=800"],
 )
 
 RECALL = Study(
-    title="Associative recall, questions 40 tokens and more behind two layers' windows of 16",
+    title="Associative recall from 41 tokens back and more, in two layers with windows of 16",
     recipe="hybrid",
     task=RecallTaskSetting(lengths=(48, 96), num_pairs=4, num_symbols=8),
     variants={
