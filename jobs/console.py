@@ -53,8 +53,8 @@ class RunLine:
         elif seconds >= self._patience:
             self._patience = 2 * seconds
             self.say(
-                f"nothing from the workers for {seconds:.0f} s: a long step, evaluation or checkpoint, or a hang; "
-                "Ctrl-C ends the run and keeps its last good checkpoint"
+                f"nothing from the workers for {seconds:.0f} s: a slow start, a long step, evaluation or "
+                "checkpoint, or a hang; Ctrl-C ends the run and keeps its last good checkpoint"
             )
 
     def begin(self, start: int, steps: int) -> None:

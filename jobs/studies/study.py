@@ -35,8 +35,8 @@ class RecallTaskSetting:
     """
 
     lengths: tuple[int, ...]
-    num_pairs: int = 8
-    num_symbols: int = 12
+    num_pairs: int
+    num_symbols: int
     rows: int = 256
     unit: str = "share of right answers"
 

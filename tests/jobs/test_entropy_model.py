@@ -63,10 +63,14 @@ def bare(prepared, entropy_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(prepared, entropy_model, tmp_path_factory):
-    """Rows and notes of the runs that stopped (by source) and of those that went on (by source and target)."""
+    """What ``run_all`` says of the runs that stopped (by source), of those that went on (by source and target), and of
+    one whose threshold was left open."""
     folder = tmp_path_factory.mktemp("runs")
     jobs = [(recipe_for(folder, entropy_model, *source), folder / str(source), HALF) for source in SOURCES]
-    found = {(source, None): result for source, result in zip(SOURCES, run_all(jobs, prepared), strict=True)}
+    null = {"model.patches": "{mode: entropy, local_size: 32, hash_vocab: 101, threshold: null, size: 5}"}
+    jobs.append((recipe_for(folder, entropy_model, 2, 2, **null), folder / "open", HALF))
+    *results, left_open = run_all(jobs, prepared)
+    found = {(source, None): result for source, result in zip(SOURCES, results, strict=True)}
     for world in (1, 2):
         pairs = [pair for pair in PAIRS if pair[1][0] == world]
         jobs = []
@@ -75,14 +79,15 @@ def runs(prepared, entropy_model, tmp_path_factory):
             shutil.copytree(folder / str(source) / "checkpoints", again / "checkpoints")
             jobs.append((recipe_for(folder, entropy_model, *target), again, 10**9))
         found |= dict(zip(pairs, run_all(jobs, prepared), strict=True))
-    return folder, found
+    return folder, found, left_open
 
 
 @pytest.mark.timeout(600)
 def test_every_stage_follows_the_bare_loop_across_a_change_of_topology(runs, bare):
     """In fp32, the second half from a checkpoint of the first: the frozen weights come back as they were."""
-    folder, found = runs
-    for (source, target), (rows, _) in found.items():
+    _, found, _ = runs
+    for (source, target), (rows, _, settled) in found.items():
+        assert settled == {}  # the recipe says it all
         for row in rows:
             assert row["loss"] == pytest.approx(bare[0][row["step"] - 1], rel=1e-5), (source, target, row["step"])
             assert 1.5 < row["bytes_per_patch"] < 20
@@ -91,7 +96,7 @@ def test_every_stage_follows_the_bare_loop_across_a_change_of_topology(runs, bar
 
 
 def test_what_is_saved_holds_the_entropy_model_as_it_was(runs, bare, entropy_model):
-    folder, _ = runs
+    folder, *_ = runs
     trained = load_file(entropy_model / "model.safetensors")
     for name in ("(2, 3) to (1, 1)", "(2, 2) to (1, 3)", "(2, 3) to (2, 3)"):
         (model_folder,) = (folder / name / "checkpoints").glob(f"*{STEPS}/model")
@@ -102,6 +107,15 @@ def test_what_is_saved_holds_the_entropy_model_as_it_was(runs, bare, entropy_mod
         assert loaded.config.patches.threshold == 3.2
         for key, tensor in loaded.state_dict().items():
             torch.testing.assert_close(tensor, bare[1][key], rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_says_and_saves_what_its_open_threshold_came_to(runs):
+    folder, _, (rows, notes, settled) = runs
+    threshold = settled["model.patches.threshold"]
+    assert notes == [f"model.patches.threshold={threshold:.6g} gives 5.00 bytes per patch"]
+    (saved,) = (folder / "open" / "checkpoints").glob("*/model/config.json")
+    assert json.loads(saved.read_text())["patches"]["threshold"] == threshold
+    assert [row["bytes_per_patch"] for row in rows] == pytest.approx([5.0] * HALF, rel=0.3)
 
 
 def test_a_threshold_is_found_on_the_training_text_and_kept(prepared, entropy_model, tmp_path):

@@ -40,7 +40,7 @@ def recipe_for(run_dir, topology):
 
 def losses_of(jobs, prepared):
     """(losses by step, notes) of every job (recipe, run_dir, stop)."""
-    return [({row["step"]: row["loss"] for row in rows}, notes) for rows, notes in run_all(jobs, prepared)]
+    return [({row["step"]: row["loss"] for row in rows}, notes) for rows, notes, _ in run_all(jobs, prepared)]
 
 
 NEVER = 10**9

@@ -81,8 +81,10 @@ def curves(
     return found
 
 
-def run_all(jobs: list[tuple[Recipe, Path, int]], prepared: Path) -> list[tuple[list[dict[str, Any]], list[str]]]:
-    """The metrics of every step and the notes of every job (recipe, run_dir, stop), one job after the other.
+def run_all(
+    jobs: list[tuple[Recipe, Path, int]], prepared: Path
+) -> list[tuple[list[dict[str, Any]], list[str], dict[str, Any]]]:
+    """For every job (recipe, run_dir, stop) the metrics of its steps, its notes, and what open settings came to.
 
     A job runs to its end, or until it has saved step ``stop``. All jobs have the same number of workers.
     """
@@ -111,7 +113,8 @@ def _train_all(rank: int, jobs: list[tuple[Recipe, Path, int]], prepared: Path) 
         with contextlib.suppress(Stop):
             worker.run()
         rows = [row for message in messages for row in message.get("history", [])]
-        found.append((rows, [note for message in messages for note in message.get("notes", [])]))
+        first = messages[0] if rank == 0 else {"notes": [], "settled": {}}
+        found.append((rows, first["notes"], first["settled"]))
     return found
 
 

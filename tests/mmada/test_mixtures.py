@@ -289,18 +289,18 @@ def llama_like(model):
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_with_every_part_off_it_is_a_plain_transformer(tie):
-    """transformers' Llama, key by key (loading is strict), by value and by gradient."""
+    """transformers' Llama: key by key (loading is strict), bit for bit, and by gradient."""
     model = make_mixture("attention", tie_word_embeddings=tie, attention_bias=True)
     llama, tokens = llama_like(model), random_ids(2, 13)
     mask = torch.ones(2, 13, dtype=torch.long)
     mask[1, :4] = 0
     labels = tokens.where(mask == 1, -100)
     labels[1, 4] = -100
-    assert_close(model(tokens).logits, llama(tokens).logits, **CLOSE)
+    assert torch.equal(model(tokens).logits, llama(tokens).logits)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     ours = model(tokens, attention_mask=mask, position_ids=positions, labels=labels)
     theirs = llama(tokens, attention_mask=mask, position_ids=positions, labels=labels)
-    assert_close(ours.loss, theirs.loss, **CLOSE)
+    assert torch.equal(ours.loss, theirs.loss)
     ours.loss.backward()
     theirs.loss.backward()
     expected = dict(llama.named_parameters())
@@ -308,3 +308,26 @@ def test_with_every_part_off_it_is_a_plain_transformer(tie):
         assert_close(parameter.grad, expected[key.replace(".mixer.", ".self_attn.")].grad, rtol=1e-5, atol=1e-9)
     long = model.generate(tokens[:1], max_new_tokens=12, do_sample=False)
     assert torch.equal(long, llama.generate(tokens[:1], max_new_tokens=12, do_sample=False, eos_token_id=2))
+
+
+def test_settings_of_parts_that_are_not_built_change_no_bit():
+    model, tokens = make_mixture("attention"), random_ids(2, 13)
+    settings = {
+        "ssm": {"form": "selective_scan", "state_size": 5, "expand": 3},
+        "hybrid": {"fusion": "routed", "memory_slots": 3},
+        "memory": {"depth": 3, "momentum": False, "num_persistent_tokens": 7},
+        "patches": {"size": 7, "local_size": 24, "hash_vocab": 33},
+        "sliding_window": 2,
+        "window_sizes": [1],
+        "sparse_block_size": 2,
+        "num_experts": 0,
+        "num_experts_per_tok": 1,
+        "router_noise": False,
+    }
+    other = make_mixture("attention", **settings)
+    assert {name: each.shape for name, each in other.state_dict().items()} == {
+        name: each.shape for name, each in model.state_dict().items()
+    }
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(tokens).logits, model(tokens).logits)
+    assert torch.equal(other.train()(tokens).logits, model.train()(tokens).logits)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmada.nn.router import choose_experts
+
 
 @dataclass
 class RouterLosses:
@@ -27,20 +29,19 @@ class RouterLosses:
 
 def expert_load(logits_TE: Tensor, top_k: int, selection_bias: Tensor | None = None) -> Tensor:
     """How many of the tokens chose each expert: (E,), float32, no gradient."""
-    return expert_use(logits_TE, top_k, selection_bias)[0]
+    with torch.no_grad():
+        index_TK = choose_experts(logits_TE, top_k, selection_bias=selection_bias)[1]
+        return torch.bincount(index_TK.flatten(), minlength=logits_TE.shape[-1]).to(torch.float32)
 
 
 @torch.no_grad()
 def expert_use(logits_TE: Tensor, top_k: int, selection_bias: Tensor | None = None) -> Tensor:
     """What each expert got of the tokens, (3, E), float32: choices; weights, over the chosen 1; probabilities."""
-    scores_TE = logits_TE.softmax(dim=-1)
-    choice_TE = scores_TE if selection_bias is None else scores_TE + selection_bias
-    index_TK = choice_TE.topk(top_k, dim=-1).indices
-    weights_TK = scores_TE.gather(-1, index_TK)
-    num_experts = logits_TE.shape[-1]
-    load_E = torch.bincount(index_TK.flatten(), minlength=num_experts)
-    weight_E = importance(weights_TK / weights_TK.sum(dim=-1, keepdim=True), index_TK, num_experts)
-    return torch.stack([each.to(torch.float32) for each in (load_E, weight_E, scores_TE.sum(dim=0))])
+    weights_TK, index_TK = choose_experts(logits_TE, top_k, selection_bias=selection_bias)
+    load_E = torch.bincount(index_TK.flatten(), minlength=logits_TE.shape[-1])
+    weight_E = importance(weights_TK, index_TK, logits_TE.shape[-1])
+    probability_E = logits_TE.softmax(dim=-1).sum(dim=0)
+    return torch.stack([each.to(torch.float32) for each in (load_E, weight_E, probability_E)])
 
 
 def balance_loss(logits_TE: Tensor, load_E: Tensor, load_tokens: Tensor | float) -> Tensor:
