@@ -55,6 +55,8 @@ class RaySession:
         gpus_per_worker: GPUs of each worker.
         log_dir: gets a link `ray-logs` to Ray's own log folder, where the workers' output is.
         timeout_s: seconds to wait for the cluster to answer, and again for its resources to appear.
+        extra_cpus: logical CPUs, wherever they are, of all actors beside the workers.
+        extra_gpus: GPUs of those actors.
 
     Raises:
         ClusterError: from `__enter__`, when the cluster does not answer or is too small.
@@ -68,6 +70,8 @@ class RaySession:
         gpus_per_worker: float,
         log_dir: Path,
         timeout_s: float = 20.0,
+        extra_cpus: float = 0.0,
+        extra_gpus: float = 0.0,
     ):
         self.address = address
         self.workers = workers
@@ -75,6 +79,7 @@ class RaySession:
         self.gpus_per_worker = gpus_per_worker
         self.log_dir = Path(log_dir)
         self.timeout_s = timeout_s
+        self.extra = {"CPU": extra_cpus, "GPU": extra_gpus}
         self.gcs_address: str | None = None
         self._owned = False
         self._terminated = False
@@ -115,7 +120,8 @@ class RaySession:
         self._require_places(ray.nodes())
 
     def _start(self) -> None:
-        wanted = math.ceil(self.workers * self.cpus_per_worker) + 1  # one more for the controller of the run
+        # One more for the controller of the run.
+        wanted = math.ceil(self.workers * self.cpus_per_worker + self.extra["CPU"]) + 1
         context = _init(
             address="local",  # None would join whatever RAY_ADDRESS or an earlier `ray start` names
             num_cpus=max(os.cpu_count() or 1, wanted),
@@ -129,7 +135,7 @@ class RaySession:
         nodes = self._probe(host, port)
         deadline = time.monotonic() + self.timeout_s
         self._joined(_init(address=f"{host}:{port}"))
-        while places(nodes, self.cpus_per_worker, self.gpus_per_worker) < self.workers:
+        while not self._fits(nodes):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.5)
@@ -166,13 +172,28 @@ class RaySession:
         found = f" ({host}:{port})" if self.address == "auto" else ""
         raise ClusterError(f"cluster.address={self.address}{found} {_why_not_joined(said, ended, self.timeout_s)}")
 
+    def _fits(self, nodes: list[dict]) -> bool:
+        if places(nodes, self.cpus_per_worker, self.gpus_per_worker) < self.workers:
+            return False
+        each = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
+        # What is left over is counted as a whole: how it is cut up among the nodes is for Ray's scheduler.
+        left = {kind: _total(nodes, kind) - self.workers * each[kind] for kind in each}
+        return all(left[kind] >= self.extra[kind] - 1e-6 for kind in each)
+
     def _require_places(self, nodes: list[dict]) -> None:
+        if self._fits(nodes):
+            return
+        alive = [node for node in nodes if node["Alive"]]
+        cpus, gpus = _total(nodes, "CPU"), _total(nodes, "GPU")
+        each = f"{self.cpus_per_worker:g} CPU" + (f" and {self.gpus_per_worker:g} GPU" * bool(self.gpus_per_worker))
         found = places(nodes, self.cpus_per_worker, self.gpus_per_worker)
         if found >= self.workers:
-            return
-        alive = [node["Resources"] for node in nodes if node["Alive"]]
-        cpus, gpus = (sum(resources.get(kind, 0) for resources in alive) for kind in ("CPU", "GPU"))
-        each = f"{self.cpus_per_worker:g} CPU" + (f" and {self.gpus_per_worker:g} GPU" * bool(self.gpus_per_worker))
+            extra = " and ".join(f"{count:g} {kind}" for kind, count in self.extra.items() if count)
+            raise ClusterError(
+                f"cluster.workers={self.workers} workers of {each} and the actors beside them, {extra} in all, do not "
+                f"fit: there are {cpus:g} CPU and {gpus:g} GPU on {len(alive)} node{'s' * (len(alive) != 1)}; "
+                "use fewer actors, add nodes, or ask for less for each"
+            )
         remedy = f"use cluster.workers={found} or " if found else ""
         raise ClusterError(
             f"cluster.workers={self.workers} workers of {each} do not fit: there is room for {found} "
@@ -219,6 +240,10 @@ def places(nodes: list[dict], cpus_per_worker: float, gpus_per_worker: float) ->
         # 1e-9: 0.3 / 0.1 is 2.9999999999999996, and Ray itself counts in ten thousandths
         total += math.floor(min(fits) + 1e-9) if fits else sys.maxsize
     return total
+
+
+def _total(nodes: list[dict], kind: str) -> float:
+    return sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"])
 
 
 def _init(**arguments: Any) -> Any:

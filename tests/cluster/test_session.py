@@ -97,7 +97,9 @@ def test_a_local_session_ends_with_all_its_processes_even_after_an_exception(tmp
         """
 before = dict(os.environ)
 try:
-    with RaySession(None, os.cpu_count() + 1, cpus_per_worker=1, gpus_per_worker=0, log_dir=folder) as session:
+    with RaySession(
+        None, os.cpu_count() + 1, cpus_per_worker=1, gpus_per_worker=0, log_dir=folder, extra_cpus=1.5
+    ) as session:
         cpus = ray.cluster_resources()["CPU"]
         left_behind = ray.get(leave_a_child.remote(), timeout=60)
         link = folder / "ray-logs"
@@ -120,7 +122,7 @@ print(json.dumps({
     code, out, err = driver.finish()
     assert code == 0, err
     assert json.loads(out) == {
-        "cpus": os.cpu_count() + 2,  # a worker more than there are CPUs, and one for the controller
+        "cpus": os.cpu_count() + 4,  # a worker more than there are CPUs, 1.5 for others, and one for the controller
         "logs": True,
         "children": [],
         "left_behind": False,
@@ -250,9 +252,16 @@ said = []
 with RaySession(None, workers=3, cpus_per_worker=1, gpus_per_worker=0, log_dir=folder) as session:
     said.append(session.gcs_address == ray.get_runtime_context().gcs_address)
 said.append(ray.is_initialized())
-for address, workers, gpus in [(None, 4, 0), (None, 1, 1), ("127.0.0.1:9", 1, 0)]:
+RaySession(None, 2, cpus_per_worker=1, gpus_per_worker=0, log_dir=folder, extra_cpus=1).__enter__()  # just fits
+for address, workers, gpus, *extra in [
+    (None, 4, 0),
+    (None, 1, 1),
+    (None, 2, 0, 1.5, 1),
+    (None, 3, 0, 0.25),
+    ("127.0.0.1:9", 1, 0),
+]:
     try:
-        RaySession(address, workers, cpus_per_worker=1, gpus_per_worker=gpus, log_dir=folder).__enter__()
+        RaySession(address, workers, 1, gpus, folder, 20, *extra).__enter__()
     except ClusterError as error:
         said.append(str(error))
 said.append(ray.cluster_resources()["CPU"])
@@ -265,7 +274,7 @@ print(json.dumps(said))
     )
     code, out, err = driver.finish()
     assert code == 0, err
-    used, alive, too_many, no_gpu, elsewhere, cpus = json.loads(out)
+    used, alive, too_many, no_gpu, no_room_beside, no_quarter, elsewhere, cpus = json.loads(out)
     assert (used, alive, cpus) == (True, True, 3)
     assert too_many == (
         "cluster.workers=4 workers of 1 CPU do not fit: there is room for 3 (3 CPU and 0 GPU on 1 node); "
@@ -275,6 +284,11 @@ print(json.dumps(said))
         "cluster.workers=1 workers of 1 CPU and 1 GPU do not fit: there is room for 0 (3 CPU and 0 GPU on 1 node); "
         "add nodes, or ask for less for each worker"
     )
+    assert no_room_beside == (
+        "cluster.workers=2 workers of 1 CPU and the actors beside them, 1.5 CPU and 1 GPU in all, do not fit: "
+        "there are 3 CPU and 0 GPU on 1 node; use fewer actors, add nodes, or ask for less for each"
+    )
+    assert "3 workers of 1 CPU and the actors beside them, 0.25 CPU in all, do not fit" in no_quarter
     assert elsewhere.startswith("cluster.address=127.0.0.1:9 is not the Ray that this process already uses")
     assert driver.remaining(10) == []
 
