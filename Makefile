@@ -42,6 +42,8 @@ $(INSTALLED):
 	  { echo "$(PYTHON) is not installed; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || \
 	  { echo "$(PYTHON) is older than 3.11 or does not start; name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@command -v cc > /dev/null || command -v gcc > /dev/null || \
+	  { echo "no C compiler (cc) was found, which one of the packages is built with; install gcc or clang" >&2; exit 1; }
 	@echo "installing into .venv (about three minutes, once)"
 	@mkdir -p .venv && rm -f .venv/.installed-*
 	@{ $(PYTHON) -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e ".[test,dev]"; } \

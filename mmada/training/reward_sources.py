@@ -1,0 +1,297 @@
+"""Where rewards come from: a task's own scorer, a function, a learned model, an endpoint, and their weighted sum."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from mmada.errors import DataError
+from mmada.training.rewards import (
+    COLUMNS,
+    RewardCallError,
+    RewardResult,
+    RewardSample,
+    check_values,
+    score_singly_where_raising,
+)
+
+if TYPE_CHECKING:
+    from mmada.data.tasks import TaskSet
+
+KINDS = ("task", "function", "model", "http")
+
+
+class RewardSource(Protocol):
+    """Something that scores. ``name`` is short, for messages and reports."""
+
+    name: str
+
+    def score(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        """One result per sample, in order. What goes wrong stands in the results; nothing is raised."""
+        ...
+
+
+class TaskReward:
+    """The family's own scorer, 0 to 1 (``mmada.data.tasks``)."""
+
+    def __init__(self, tasks: TaskSet) -> None:
+        self.name = "task"
+        self._tasks = tasks
+
+    def score(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        """See ``RewardSource``."""
+        return [result for sample in samples for result in score_singly_where_raising([sample], self._call, self.name)]
+
+    def _call(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        values = [self._tasks.score(sample.item, sample.completion) for sample in samples]
+        return check_values(values, len(samples), self.name)
+
+
+class FunctionReward:
+    """A Python function, ``module:function``, called as TRL calls reward functions.
+
+    It gets lists under the keywords ``prompts``, ``completions``, ``answer``, ``family``, ``entry``, ``index`` and
+    ``is_ended``, so it takes ``**kwargs`` for those it has no use for, and returns a list of numbers.
+
+    Raises:
+        DataError: there is no such module or function, or it cannot be called so.
+    """
+
+    def __init__(self, path: str, field: str = "name") -> None:
+        self._function = import_function(path, field)
+        self.name = path.rpartition(":")[2]
+
+    def score(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        """See ``RewardSource``."""
+        return score_singly_where_raising(samples, self._call, self.name)
+
+    def _call(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        return check_values(self._function(**_lists(samples)), len(samples), self.name)
+
+
+class ModelReward:
+    """A learned reward model in a folder that ``save_pretrained`` wrote, its tokenizer beside it.
+
+    Components: ``confidence`` and the model's own.
+    """
+
+    def __init__(self, folder: str) -> None:
+        from mmada.reward_model import MMaDARewardModel
+        from mmada.tokenizer import load_tokenizer
+
+        self.name = "model"
+        self._model = MMaDARewardModel.from_pretrained(Path(folder).expanduser()).eval()
+        self._tokenizer = load_tokenizer(str(Path(folder).expanduser().resolve()))
+
+    def score(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        """See ``RewardSource``."""
+        return score_singly_where_raising(samples, self._call, self.name)
+
+    def _call(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        prompts, completions = [each.prompt for each in samples], [each.completion for each in samples]
+        outputs = self._model.score(self._tokenizer, prompts, completions)
+        results = check_values([output.reward for output in outputs], len(samples), self.name)
+        for result, output in zip(results, outputs, strict=True):
+            result.components.update(confidence=output.confidence, **output.components)
+        return results
+
+
+class HTTPReward:
+    """An endpoint: POST of a JSON object with the lists of a ``FunctionReward``, answered by ``{"rewards": [...]}``.
+
+    Another status than 200 is asked again sample by sample; an answer that does not come within ``timeout`` seconds, is
+    no JSON or has another shape fails all samples of the call.
+    """
+
+    def __init__(self, url: str, timeout: float = 30.0) -> None:
+        self.name = "http"
+        self.url = url
+        self.timeout = timeout
+
+    def score(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        """See ``RewardSource``."""
+        return score_singly_where_raising(samples, self._call, self.name)
+
+    def _call(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        body = json.dumps(_lists(samples)).encode()
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"}, method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                status, text = response.status, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                raise ValueError(f"{self.url} answered with status {error.code} {error.reason}") from error
+        except (
+            OSError,
+            HTTPException,
+        ) as error:  # refused, unknown host, cut off, too late: asking once more per sample will not help
+            raise RewardCallError(f"{self.name}: {self.url} gave no answer ({error})") from error
+        if status != 200:
+            raise ValueError(f"{self.url} answered with status {status}; 200 is expected")
+        try:
+            answer = json.loads(text)
+        except ValueError as error:
+            raise RewardCallError(f"{self.name}: {self.url} answered with something that is no JSON") from error
+        if not isinstance(answer, dict) or "rewards" not in answer:
+            raise RewardCallError(f'{self.name}: {self.url} answered without "rewards"; a list of numbers is expected')
+        return check_values(answer["rewards"], len(samples), f"{self.name} ({self.url})")
+
+
+class WeightedReward:
+    """The weighted sum of parts. A sample that one part cannot score has no reward.
+
+    Components: each part's own value, not weighted, under its name, and its components under ``name/component``.
+    """
+
+    def __init__(self, parts: Sequence[tuple[RewardSource, float]]) -> None:
+        self.name = "reward"
+        self._parts = [(name, part, weight) for name, (part, weight) in zip(_distinct(parts), parts, strict=True)]
+
+    def score(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        """See ``RewardSource``."""
+        scored = [(name, weight, part.score(samples)) for name, part, weight in self._parts]
+        return [
+            self._sum([(name, weight, results[i]) for name, weight, results in scored]) for i in range(len(samples))
+        ]
+
+    def _sum(self, parts: Sequence[tuple[str, float, RewardResult]]) -> RewardResult:
+        seconds = sum(result.seconds for _, _, result in parts)
+        errors = [
+            result.error if result.error.startswith(name) else f"{name}: {result.error}"
+            for name, _, result in parts
+            if result.error is not None
+        ]
+        if errors:
+            return RewardResult(None, "; ".join(errors), seconds=seconds)
+        components, total = {}, 0.0
+        for name, weight, result in parts:
+            assert result.value is not None
+            total += weight * result.value
+            components[name] = result.value
+            components |= {f"{name}/{key}": value for key, value in result.components.items()}
+        return replace(check_values([total], 1, self.name)[0], components=components, seconds=seconds)
+
+
+def check_parts(parts: Sequence[Mapping[str, Any]], has_tasks: bool = True) -> None:
+    """Whether ``build_reward`` can build these, as far as can be told without loading a model or asking an endpoint.
+
+    Raises:
+        DataError: naming ``reward.parts[i]`` and the key.
+    """
+    if not parts:
+        raise DataError("reward.parts is empty; give one part or more, such as {kind: task}")
+    for i, part in enumerate(parts):
+        field, kind, name = f"reward.parts[{i}]", part["kind"], part.get("name")
+        if kind not in KINDS:
+            raise DataError(f"{field}.kind={kind} is unknown; use one of {', '.join(KINDS)}")
+        if not math.isfinite(part.get("weight", 1.0)):
+            raise DataError(f"{field}.weight={part['weight']} is not finite; use a number")
+        if kind == "task" and name is not None:
+            raise DataError(f"{field}.name={name} has no meaning with kind: task; remove it")
+        if kind == "task" and not has_tasks:
+            raise DataError(f"{field}.kind=task has no tasks to score; add the section tasks, or use another kind")
+        if kind != "task" and not name:
+            wanted = {"function": "module:function", "model": "a reward model's folder", "http": "a URL"}[kind]
+            raise DataError(f"{field}.name is missing; give {wanted}")
+        if kind == "function":
+            import_function(str(name), f"{field}.name")
+        if kind == "model" and not (Path(str(name)).expanduser() / "config.json").is_file():
+            raise DataError(f"{field}.name={name} is no folder with a saved reward model; give one with a config.json")
+        if kind == "http" and (urlsplit(str(name)).scheme not in ("http", "https") or not urlsplit(str(name)).netloc):
+            raise DataError(f"{field}.name={name} is no URL of an endpoint; give one such as http://host:port/path")
+
+
+def build_reward(
+    parts: Sequence[Mapping[str, Any]], tasks: TaskSet | None = None, timeout: float = 30.0
+) -> WeightedReward:
+    """The reward of a recipe: ``parts`` are mappings with ``kind``, ``name`` and ``weight`` (1 where it is missing).
+
+    ``timeout``: seconds that an endpoint has for one answer.
+
+    Raises:
+        DataError: naming ``reward.parts[i]`` and the key.
+    """
+    check_parts(parts, tasks is not None)
+    return WeightedReward(
+        [(_source(part, f"reward.parts[{i}]", tasks, timeout), part.get("weight", 1.0)) for i, part in enumerate(parts)]
+    )
+
+
+def import_function(path: str, field: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names, which takes the keywords of a ``FunctionReward``.
+
+    Raises:
+        DataError: naming ``field``.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise DataError(f"{field}={path} names no function; write module:function")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # the module's own code runs here
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{field}={path}: {module_name} cannot be imported ({reason}); put its folder on PYTHONPATH"
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise DataError(f"{field}={path}: {module_name} has no {attribute}; name one of its functions")
+        found = getattr(found, part)
+    if not callable(found):
+        raise DataError(f"{field}={path} is a {type(found).__name__}, which cannot be called; name a function")
+    keywords = ("prompts", "completions", *COLUMNS)
+    try:
+        inspect.signature(found).bind(**dict.fromkeys(keywords))
+    except TypeError as error:
+        raise DataError(
+            f"{field}={path} cannot be called with the keywords {', '.join(keywords)} ({error}); "
+            "let it take those it needs and **kwargs"
+        ) from error
+    except ValueError:  # a function written in C may tell nothing about what it takes
+        return found
+    return found
+
+
+def _source(part: Mapping[str, Any], field: str, tasks: TaskSet | None, timeout: float) -> RewardSource:
+    kind, name = part["kind"], str(part.get("name"))
+    if kind == "task":
+        assert tasks is not None
+        return TaskReward(tasks)
+    if kind == "function":
+        return FunctionReward(name, f"{field}.name")
+    if kind == "http":
+        return HTTPReward(name, timeout)
+    try:
+        return ModelReward(name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{field}.name={name}: no reward model could be loaded ({reason}); give another") from error
+
+
+def _lists(samples: Sequence[RewardSample]) -> dict[str, list[Any]]:
+    """Prompts, completions and every column, a list each."""
+    rows = [sample.columns for sample in samples]
+    return {
+        "prompts": [sample.prompt for sample in samples],
+        "completions": [sample.completion for sample in samples],
+        **{column: [row[column] for row in rows] for column in COLUMNS},
+    }
+
+
+def _distinct(parts: Sequence[tuple[RewardSource, float]]) -> list[str]:
+    """The parts' names, numbered from the second of a name on."""
+    names: list[str] = []
+    for part, _ in parts:
+        taken = sum(name.partition("#")[0] == part.name for name in names)
+        names.append(part.name if not taken else f"{part.name}#{taken + 1}")
+    return names
