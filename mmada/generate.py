@@ -1,4 +1,4 @@
-"""Decoding from a saved model, as it is typed."""
+"""Text from a model: many completions at once for training, and one as it is typed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 import mmada.model  # noqa: F401  (registers the family with the Auto classes)
+from mmada.generation.reference import generate_reference
+from mmada.generation.rollouts import generate_batch, score_cached
+from mmada.generation.settings import Completion, SamplingSettings
 from mmada.tokenizer import IncrementalDecoder
+
+__all__ = ["Completion", "SamplingSettings", "generate_batch", "generate_reference", "score_cached", "stream_text"]
 
 
 class _TokenQueue(BaseStreamer):

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
@@ -22,61 +20,14 @@ from mmada.config import MMaDAConfig
 from mmada.nn.block import Block
 from mmada.nn.cache import MMaDACache, checked_cache
 from mmada.nn.context import Context, front_order, take_columns
-from mmada.nn.experts import Experts
-from mmada.nn.mixers.attention import Attention
 from mmada.nn.padding import packed_documents, restore_columns, spread_keys, valid_columns
 from mmada.nn.patches.byte_patches import BytePatches
 from mmada.nn.positions import rotary_cos_sin
 from mmada.nn.robustness import InputNoise
-from mmada.nn.router import RouterTap, mix64, selection_bias_of
+from mmada.nn.router import mix64
 from mmada.output import MMaDAOutput
+from mmada.pretrained import MMaDAPreTrainedModel, TrainableModel
 from mmada.tokenizer import register_tokenizer
-from mmada.training.objectives.router import router_losses, without_padding
-
-
-class MMaDAPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know to save, load, cast and initialise the family."""
-
-    config_class = MMaDAConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # What we initialise with leaves loaded weights alone; transformers' precaution for code that does not would
-        # pass over every module without tensors of its own, and so over what it has to say about its children.
-        super()._initialize_weights(module)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
-            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, RouterTap) and module.noise_weight is not None:
-            init.zeros_(module.noise_weight)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif (init_own_weights := getattr(module, "init_own_weights", None)) is not None:
-            init_own_weights(self.config)
-        bias = getattr(module, "e_score_correction_bias", None)
-        if bias is not None:
-            init.zeros_(bias)
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As transformers' own. Raises ValueError with byte patches whose entropy model would not know the new ids."""
-        known = self.config.vocab_size
-        if self.config.patches.needs_entropy_model and new_num_tokens not in (None, known):
-            raise ValueError(
-                f"resize_token_embeddings({new_num_tokens}): the entropy model of patches.mode="
-                f"{self.config.patches.mode} knows {known} tokens; use patches.mode space or static"
-            )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
 class MMaDAModel(MMaDAPreTrainedModel):
@@ -170,7 +121,7 @@ class MMaDAModel(MMaDAPreTrainedModel):
         """What the layers are told; hidden states and positions as the caller ordered them."""
         (batch, length), device = hidden_BTD.shape[:2], hidden_BTD.device
         past_B = None if cache is None else cache.lengths_B
-        past = 0 if cache is None else cache.columns if past_B is None else int(past_B.max())
+        least_past, past = (0, 0) if cache is None else cache.past_range
         are_given = position_ids is not None
         if position_ids is None:
             start = past if past_B is None else past_B[:, None]
@@ -186,6 +137,7 @@ class MMaDAModel(MMaDAPreTrainedModel):
             lengths_B=None if valid_BT is None else valid_BT.sum(dim=1),
             past=past,
             past_B=past_B,
+            least_past=least_past,
         )
         if are_given and length > 1:
             context.documents_BT = packed_documents(position_ids, context.valid_BT(), past)
@@ -237,21 +189,16 @@ def entropy_model_of(config: MMaDAConfig) -> MMaDAForCausalLM | None:
     return MMaDAForCausalLM(small)
 
 
-class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
+class MMaDAForCausalLM(TrainableModel, GenerationMixin):
     """The language model: hidden states to logits, and the loss that training minimises."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    # Classes of modules that call their children as often as the data wants. An engine that shards parameters must
-    # gather theirs together: workers whose rows differ would wait for each other's calls.
-    gathered_whole = ("MemoryContext",)
 
     def __init__(self, config: MMaDAConfig) -> None:
         super().__init__(config)
         self.model = MMaDAModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
-        # Sums a tensor of counts over all workers; set by whoever trains on several.
-        self.reduce_load: Callable[[Tensor], Tensor] | None = None
         self.post_init()
 
     @can_return_tuple
@@ -286,9 +233,7 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden, num_patches = outputs.last_hidden_state, getattr(outputs, "num_patches", None)
-        logits = self.lm_head(hidden[:, kept])
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = self.logits_of(hidden[:, kept])
         result = MMaDAOutput(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -311,6 +256,11 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
             self._add_router_losses(result, attention_mask, hidden.shape[1])
         return result
 
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states (..., D) to logits (..., V), capped where the config says so."""
+        logits, cap = self.lm_head(hidden), self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """Give ``generate`` a cache that holds any mixture of layers."""
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -325,57 +275,6 @@ class MMaDAForCausalLM(MMaDAPreTrainedModel, GenerationMixin):
             cache = model_kwargs["past_key_values"] = MMaDACache(self.config.num_hidden_layers)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-
-    def _add_router_losses(self, result: MMaDAOutput, attention_mask: Tensor | None, length: int) -> None:
-        blocks = [self.model.layers[index] for index in self.config.moe_layers]
-        logits: list[Tensor] = list(result.router_logits)
-        sequence_lengths: int | list[int] = length
-        if result.num_patches is not None:
-            sequence_lengths = result.num_patches.tolist()
-        elif attention_mask is not None:  # if it hides nothing, too: workers must agree on what they add up
-            logits, sequence_lengths = without_padding(logits, attention_mask[:, -length:].bool())
-        losses = router_losses(
-            logits,
-            self.config.num_experts_per_tok,
-            [selection_bias_of(block.mlp) for block in blocks],
-            sequence_lengths,
-            self.config.router_balance_scope,
-            self.reduce_load,
-        )
-        result.aux_loss, result.z_loss = losses.balance.detach(), losses.z.detach()
-        result.expert_load, result.source_balance = losses.load, losses.source_balance
-        result.loss = result.loss + self.config.router_aux_loss_coef * losses.balance
-        result.loss = result.loss + self.config.router_z_loss_coef * losses.z
-
-    @torch.no_grad()
-    def update_router_bias(self, load_LE: Tensor) -> None:
-        """Loss-free balancing after a step: b += rate · sign(mean load - load) (arXiv:2408.15664).
-
-        ``load_LE`` (expert layers, E) counts the tokens of the whole step over all workers.
-        """
-        rate = self.config.router_bias_update_rate
-        if rate == 0:
-            return
-        for index, load_E in zip(self.config.moe_layers, load_LE, strict=True):
-            bias = selection_bias_of(self.model.layers[index].mlp)
-            bias += (rate * (load_E.mean() - load_E).sign()).to(bias)
-
-    def expert_parallel_layout(self) -> dict[str, Any]:
-        """Where the experts are, in the words of DeepSpeed's ``expert_parallel`` section."""
-        indices = "|".join(str(index) for index in self.config.moe_layers)
-        return {
-            "moe_layer_pattern": rf"model\.layers\.({indices})\.mlp",
-            "router_pattern": "gate",
-            "expert_pattern": "experts",
-            "expert_w1": "gate_up_proj",
-            "expert_w2": "down_proj",
-            "expert_w3": None,
-            "num_experts_attr": "num_experts",
-            "top_k_attr": "num_experts_per_tok",
-            "score_func": "softmax",
-            "route_norm": self.config.norm_topk_prob,
-            "expert_activation": "swiglu",
-        }
 
 
 def count_parameters(config: MMaDAConfig) -> tuple[int, int]:

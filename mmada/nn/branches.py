@@ -10,12 +10,15 @@ the branch; rotary angles stay those of the positions in the row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmada.nn.cache import LayerState
+from mmada.nn.cache_join import JoinPlan, Pieces, take_rows
+from mmada.nn.cache_parts import count_range
 from mmada.nn.context import Context, take_columns
 
 
@@ -99,6 +102,21 @@ class BranchState:
     def reset(self) -> None:
         self._inside.reset()
         self.past_B, self._recorded = None, []
+
+    def joined(self, pieces: Pieces, plan: JoinPlan) -> BranchState:
+        """The rows of several as one, see ``MMaDACache.joined``."""
+        (layer_idx,) = self.layers
+        joint = BranchState(layer_idx)
+        pasts = [
+            rows_N.new_zeros(len(rows_N)) if part is None or part.past_B is None else take_rows(part.past_B, rows_N)
+            for part, rows_N in pieces
+        ]
+        shortest, longest = count_range(past_N := torch.cat(pasts))
+        joint.past_B = plan.arranged(past_N)
+        inside = [(LayerState() if part is None else part._inside, rows_N) for part, rows_N in pieces]
+        own_plan = replace(plan, shortest=shortest, longest=longest)
+        joint._inside = joint.layers[layer_idx] = self._inside.joined(inside, own_plan)
+        return joint
 
 
 Mixer = Callable[[Tensor, Context, Any], tuple[Tensor, Tensor | None]]

@@ -24,6 +24,7 @@ class Context:
     ``shape``: (B, T) of the tokens. ``device``: where they are.
     ``lengths_B``: real tokens in each row, int64; None: all T.
     ``past``: tokens that the rows had before; ``past_B`` where the rows differ in that, and ``past`` is the largest.
+    ``least_past``: then the smallest, where somebody knows it.
     ``position_ids_BT``: positions as the caller means them, for rotary angles.
     ``documents_BT``: number of the document that a token belongs to, where rows hold several; they do not see
         each other. None: one document per row. Only without a filled cache.
@@ -36,6 +37,7 @@ class Context:
     lengths_B: Tensor | None = None
     past: int = 0
     past_B: Tensor | None = None
+    least_past: int | None = None
     documents_BT: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
@@ -86,6 +88,8 @@ class Context:
         """The smallest and the largest of ``totals_B``."""
         if not self.is_ragged:
             return (self.past + self.shape[1],) * 2
+        if self.lengths_B is None and self.least_past is not None:
+            return self.least_past + self.shape[1], self.past + self.shape[1]
         # On an accelerator reading a number waits for the device: once per pass, not once per layer.
         return self.once("total_range", lambda: tuple(torch.stack(self.totals_B().aminmax()).tolist()))
 

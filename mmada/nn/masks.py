@@ -48,7 +48,10 @@ class Visibility:
            num_persistent: int = 0, pattern: BlockPattern | None = None) -> Visibility:  # fmt: skip
         """What the tokens of one forward pass see among ``num_tokens`` keys from number ``offset`` on."""
         query_BT, documents_BT = context.index_BT(), context.documents_BT
-        if context.is_ragged:
+        # Padding stands behind a row's tokens: where the row begins here, causality hides it from all that matter, and
+        # plain causality is cheaper than a mask. It rounds otherwise, though, and training is compared to the bit.
+        is_hidden = context.past == 0 and context.past_B is None and documents_BT is None
+        if context.is_ragged and (torch.is_grad_enabled() or not is_hidden):
             # Padding looks where the last real token looks, so that it always sees something.
             query_BT = torch.minimum(query_BT, context.totals_B()[:, None] - 1).clamp(min=0)
             if documents_BT is not None:  # then no cache: numbers are columns

@@ -55,6 +55,18 @@ def rotate(states_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
     return states_BHTK * cos_BTK[:, None] + turned * sin_BTK[:, None]
 
 
+def rotate_both(query: Tensor, key: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> tuple[Tensor, Tensor]:
+    """``rotate`` of queries (B, H, T, K) and of keys (B, G, T, K).
+
+    In decoding the work is in the number of operations: the heads of both then go through them together.
+    """
+    if query.shape[2] > 1 or torch.is_grad_enabled():
+        return rotate(query, cos_BTK, sin_BTK), rotate(key, cos_BTK, sin_BTK)
+    heads = [query.shape[1], key.shape[1]]
+    query, key = rotate(torch.cat([query, key], dim=1), cos_BTK, sin_BTK).split(heads, dim=1)
+    return query, key
+
+
 def alibi_slopes(num_heads: int) -> list[float]:
     """How fast each head's scores fall with distance (ALiBi, arXiv:2108.12409, section 3).
 

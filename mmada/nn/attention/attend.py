@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmada.nn.attention.banded import band_size, banded
@@ -73,6 +73,8 @@ def attend(
 def _dense(
     module: nn.Module, kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor | None]:
+    if kernel == "sdpa" and query.shape[2] == 1 and not torch.is_grad_enabled():
+        return one_token(query, key, value, mask, scoring), None
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager_attention)
     if mask is not None and mask.is_floating_point() and interface is not eager_attention:
         mask = mask.to(query.dtype)
@@ -82,3 +84,20 @@ def _dense(
     if scoring.normalizer != "softmax":
         extras["normalizer"] = scoring.normalizer
     return interface(module, query, key, value, mask, dropout=scoring.dropout, scaling=scoring.scaling, **extras)
+
+
+def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
+    """What transformers' interface to SDPA makes of a single query in each row, without its questions: (B, 1, H, K).
+
+    A group's query heads stand in one column of queries, so that keys and values need not be repeated for them.
+    """
+    batch, heads, _, width = query.shape
+    groups = key.shape[1]
+    grouped_BGRK = query.reshape(batch, groups, heads // groups, width)
+    if mask is not None:
+        if mask.is_floating_point():
+            mask = mask.to(query.dtype)
+        if mask.shape[1] > 1:
+            mask = mask.expand(-1, heads, -1, -1).reshape(mask.shape[0], groups, heads // groups, mask.shape[3])
+    mixed_BGRK = scaled_dot_product_attention(grouped_BGRK, key, value, attn_mask=mask, scale=scoring.scaling)
+    return mixed_BGRK.reshape(batch, 1, heads, -1)

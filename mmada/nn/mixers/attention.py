@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from mmada.nn.attention.scoring import Scoring
 from mmada.nn.cache import MMaDACache
 from mmada.nn.context import Context
 from mmada.nn.masks import Visibility
-from mmada.nn.positions import RelativeBias, alibi_bias, rotate
+from mmada.nn.positions import RelativeBias, alibi_bias, rotate_both
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
+        self.has_alibi = config.position_embedding_type == "alibi"
         self.is_causal = True
         self.groups = head_groups(config, kind, state_name)
         self.pattern = block_pattern(config, layer_idx) if kind == "sparse" else None
@@ -77,7 +78,7 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if context.rotary is not None:
-            query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
+            query, key = rotate_both(query, key, *context.rotary)
         bias_HN = self._position_bias(context, query.dtype)
         mixed, weights, first_columns = [], [], []
         for group in self.groups:
@@ -116,23 +117,23 @@ class Attention(nn.Module):
         )
         if self.persistent is not None:
             key, value = self.persistent(key, value, group.kv_heads)
-        mixed_BTHK, weights = attend(
-            self,
-            choose_kernel(self.config, self.training),
-            query,
-            key,
-            value,
-            visibility,
-            Scoring(
-                scaling=self.scaling,
-                softcap=self.config.attn_logit_softcapping,
-                bias_HN=bias_HN,
-                dropout=self.config.attention_dropout if self.training else 0.0,
-                normalizer=self.config.attention_normalizer,
-            ),
-            want_weights=self.config._attn_implementation == "eager",
-        )
+        kernel, scoring, want_weights = context.once(("kernel", id(self.config), self.training), self._choose)
+        if bias_HN is not None:
+            scoring = replace(scoring, bias_HN=bias_HN)
+        mixed_BTHK, weights = attend(self, kernel, query, key, value, visibility, scoring, want_weights)
         return mixed_BTHK, None if weights is None else weights[..., self.num_persistent :], offset
+
+    def _choose(self) -> tuple[str, Scoring, bool]:
+        """What all layers of a config share in one forward pass: the kernel, what it computes, whether for weights."""
+        config = self.config
+        scoring = Scoring(
+            scaling=self.scaling,
+            softcap=config.attn_logit_softcapping,
+            bias_HN=None,
+            dropout=config.attention_dropout if self.training else 0.0,
+            normalizer=config.attention_normalizer,
+        )
+        return choose_kernel(config, self.training), scoring, config._attn_implementation == "eager"
 
     def _position_bias(self, context: Context, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores at each distance (H, N), after any cap; None without such positions."""
@@ -140,7 +141,7 @@ class Attention(nn.Module):
             bias_HN = self.relative_bias(context.device)
             # "before": (q kᵀ + r) · scaling
             return bias_HN * self.scaling if self.config.relative_bias_scaling == "before" else bias_HN
-        if self.config.position_embedding_type == "alibi":
+        if self.has_alibi:
             heads, length = self.config.num_attention_heads, context.past + context.shape[1]
             return context.once(("alibi", heads), lambda: alibi_bias(heads, length, dtype, context.device))
         return None

@@ -200,7 +200,7 @@ class BytePatches(nn.Module):
         """What the blocks are told about patches: they are numbered as bytes are; on the device and in the dtype of
         ``like``."""
         past_B = None if cache is None else cache.lengths_B
-        past = 0 if cache is None else cache.columns if past_B is None else int(past_B.max())
+        least_past, past = (0, 0) if cache is None else cache.past_range
         start = past if past_B is None else past_B[:, None]
         index_BP = (start + torch.arange(shape[1], device=like.device)[None]).expand(shape)
         position_ids_BP = numbers_in_documents(index_BP, documents_BP)
@@ -212,6 +212,7 @@ class BytePatches(nn.Module):
             lengths_B=lengths_B,
             past=past,
             past_B=past_B,
+            least_past=least_past,
             documents_BT=documents_BP,
             rotary=rotary_cos_sin(self.config, position_ids_BP, like.dtype) if has_rotary else None,
         )

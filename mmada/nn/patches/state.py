@@ -9,12 +9,13 @@ the last output of the stack, which bytes look at until another patch is finishe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from mmada.nn.cache import MMaDACache
+from mmada.nn.cache import MMaDACache, joined_inside
+from mmada.nn.cache_join import JoinPlan, take_rows
 
 
 class Trail:
@@ -80,6 +81,18 @@ class Trail:
 
     def reset(self) -> None:
         self.entries, self.counts_B = {}, None
+
+    @staticmethod
+    def joined(pieces: Sequence[tuple[Trail, Tensor]], plan: JoinPlan) -> Trail:
+        """The rows of several as one."""
+        joint = Trail()
+        width = max(entries.shape[1] for trail, _ in pieces for entries in trail.entries.values())
+        joint.entries = {
+            name: plan.arranged(torch.cat([take_rows(trail.last(name, width), rows_N) for trail, rows_N in pieces]))
+            for name in pieces[0][0].entries
+        }
+        joint.counts_B = plan.arranged(torch.cat([take_rows(trail.counts_B, rows_N) for trail, rows_N in pieces]))
+        return joint
 
 
 class PatchState:
@@ -188,3 +201,14 @@ class PatchState:
         for cache in self.caches:
             cache.reset()
         self._settled_B = None
+
+    def joined(self, pieces: Sequence[tuple[PatchState, Tensor]], plan: JoinPlan) -> PatchState:
+        """The rows of several as one, see ``MMaDACache.joined``."""
+        joint = PatchState(0, 0, 0, self.num_ids)
+        joint.bytes = Trail.joined([(state.bytes, rows_N) for state, rows_N in pieces], plan)
+        joint.outputs = Trail.joined([(state.outputs, rows_N) for state, rows_N in pieces], plan)
+        for name in ("local", "stack", "entropy"):
+            caches = [(getattr(state, name), rows_N) for state, rows_N in pieces]
+            setattr(joint, name, None if caches[0][0] is None else joined_inside(caches, plan))
+        joint.settle()
+        return joint

@@ -1,0 +1,1 @@
+"""Sampling many completions at once; ``mmada.generate`` is the door."""
