@@ -132,6 +132,12 @@ class Tracker:
         """Set tags of the run, for what was not known when its parameters were given."""
         self._put(_Item(f"tags {', '.join(tags)}", lambda client, run: client.log_batch(run, tags=_tags(tags))))
 
+    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Add rows, which have the same keys each time, to the table `tables/<name>.json`."""
+        columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
+        file = f"tables/{name}.json"
+        self._put(_Item(f"rows of {file}", lambda client, run: client.log_table(run, columns, file)))
+
     def artifact(self, path: Path) -> None:
         """Record a file or a folder, as it is when its turn comes."""
         self._put(_Item(f"artifact {path}", lambda client, run: client.log_artifact(run, str(path))))

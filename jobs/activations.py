@@ -78,8 +78,8 @@ def measured_activations(recipe: Recipe, config: MMaDAConfig) -> Activations:
     away = feed_forward_bytes(recipe, config, "moe") - feed_forward_bytes(recipe, config, "moe", alone=True)
     extra = recipe.train.sequence_length * away * len(config.moe_layers)
     return Activations(
-        full=recipe.micro_batch * (full + extra),
-        checkpointed=recipe.micro_batch * (staying + max(by_block)),
+        full=recipe.micro_batch * recipe.sequences_per_row * (full + extra),
+        checkpointed=recipe.micro_batch * recipe.sequences_per_row * (staying + max(by_block)),
         how="measured on one row",
     )
 
@@ -133,7 +133,7 @@ def activations_by_formula(recipe: Recipe, config: MMaDAConfig) -> Activations:
     norms = 4 * 4 * hidden + width * 2 * hidden
     blocks = [norms + attention + feed_forward_bytes(recipe, config, kind) for kind in config.mlp_layer_types]
     head = 4 * 2 * hidden + width * hidden + 4 * config.vocab_size
-    tokens = recipe.micro_batch * length
+    tokens = recipe.micro_batch * recipe.sequences_per_row * length
     return Activations(
         full=tokens * (sum(blocks) + head),
         checkpointed=tokens * (width * hidden * len(blocks) + max(blocks) + head),

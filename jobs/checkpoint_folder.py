@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cluster.checkpoints import CheckpointStore
 from cluster.errors import ClusterError
+from jobs.recipe_schema import RESOLVED_RECIPE
 
 
 def model_folder(checkpoint: str) -> Path:
@@ -48,3 +49,18 @@ def model_folder(checkpoint: str) -> Path:
     if model_type != "mmada":
         raise ClusterError(f"checkpoint={checkpoint} holds a model of type {model_type}; give one that mmada trained")
     return folder
+
+
+def holds_reward_model(folder: Path) -> bool:
+    """Whether a Hugging Face folder, as ``model_folder`` finds it, holds a reward model and not a language model."""
+    return "MMaDARewardModel" in json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+
+
+def recipe_of(checkpoint: str) -> Path | None:
+    """The resolved recipe of the run that a checkpoint belongs to; None for a folder that lies in no run."""
+    folder = Path(checkpoint).resolve()
+    if folder.name == "model":
+        folder = folder.parent
+    run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    recipe = run_dir / RESOLVED_RECIPE
+    return recipe if recipe.is_file() else None

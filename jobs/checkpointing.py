@@ -1,13 +1,15 @@
 """Saving and resuming a training run: the engine's state, the generators, and the model as a folder for anyone.
 
 A checkpoint folder holds ``engine/`` (DeepSpeed's shards), ``model/`` (config, safetensors, tokenizer: what
-``AutoModelForCausalLM.from_pretrained`` loads), ``random-<rank>.pt`` and the manifest.
+``AutoModelForCausalLM.from_pretrained`` loads), ``random-<rank>.pt`` and the manifest; after reinforcement learning
+also ``others.safetensors`` (the critic), ``reference/`` and ``ledger.jsonl``.
 """
 
 from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from cluster.checkpoints import CheckpointStore, full_disk_named
 from cluster.engine import Engine, EngineSettings, check_topology_change, to_universal, topology
 from cluster.errors import ClusterError
+
+OTHERS = "others.safetensors"  # what was trained beside the model
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Resume:
     folder: Path | None = None
     engine_folder: Path | None = None
     step: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
     same_topology: bool = True
     notes: list[str] = field(default_factory=list)
 
@@ -44,7 +49,7 @@ def find_resume(store: CheckpointStore, settings: EngineSettings, world: int, ru
     found.folder = store.newest_good(lambda damaged: found.notes.append(f"{damaged}; going back to the one before"))
     if found.folder is None:
         return found if found.notes else None
-    metadata = store.verify(found.folder)
+    metadata = found.metadata = store.verify(found.folder)
     found.step, found.engine_folder = metadata["step"], found.folder / "engine"
     wanted = topology(settings, world)
     found.same_topology = metadata["topology"] == wanted
@@ -71,8 +76,16 @@ def save(
     metadata: dict[str, Any],
     rank: int,
     world: int,
+    *,
+    prefix: str = "",
+    architecture: str = "MMaDAForCausalLM",
+    beside: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a checkpoint aside, check it, make it current. All ranks call it, and share out the checksums."""
+    """Write a checkpoint aside, check it, make it current. All ranks call it, and share out the checksums.
+
+    ``prefix``: how the parameters of the model begin inside what the engine trains; what is trained beside it goes
+    into a file of its own. ``beside`` writes further files into the folder, on rank 0.
+    """
     shared: list[Any] = [store.begin(step) if rank == 0 else None]
     dist.broadcast_object_list(shared, src=0)
     partial = Path(shared[0])
@@ -82,7 +95,13 @@ def save(
             torch.save(_generators(), partial / f"random-{rank}.pt")
             tensors = {name: tensor for name, tensor in engine.named_full_tensors() if rank == 0}
             if rank == 0:
-                write_model(partial / "model", tensors, engine.module.config, tokenizer)
+                own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                write_model(partial / "model", own, engine.module.config, tokenizer, architecture)
+                others = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+                if others:
+                    save_file(others, partial / OTHERS)
+                if beside is not None:
+                    beside(partial)
     except ClusterError:
         if rank == 0:  # the others leave it to the next start: rank 0 may still be writing
             store.abandon(partial)
@@ -103,26 +122,38 @@ def save(
 
 
 def write_model(
-    folder: Path, tensors: dict[str, torch.Tensor], config: Any, tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    architecture: str = "MMaDAForCausalLM",
 ) -> None:
-    """A Hugging Face folder: config, safetensors, generation settings, tokenizer."""
+    """A Hugging Face folder: config with the model's class, safetensors, tokenizer, a language model's settings."""
     folder.mkdir(parents=True, exist_ok=True)
     floats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point() and tensor.dim() > 1}
     config.dtype = floats.pop() if len(floats) == 1 else torch.float32
-    config.architectures = ["MMaDAForCausalLM"]
+    config.architectures = [architecture]
     config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    if architecture == "MMaDAForCausalLM":
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
 
 
-def restore(engine: Engine, resume: Resume, rank: int) -> int:
-    """Bring engine and generators to where the checkpoint left them; the number of steps done."""
+def restore(engine: Engine, resume: Resume, rank: int, prefix: str = "") -> int:
+    """Bring engine and generators to where the checkpoint left them; the number of steps done.
+
+    ``prefix`` as for ``save``.
+    """
     assert resume.folder is not None and resume.engine_folder is not None
     if resume.same_topology:
         engine.load(resume.engine_folder)
     else:
-        engine.load_universal(resume.engine_folder, resume.step, _read_model(resume.folder / "model"))
+        tensors = {f"{prefix}{name}": tensor for name, tensor in _read_model(resume.folder / "model").items()}
+        if (others := resume.folder / OTHERS).exists():
+            tensors |= load_file(others)
+        optimizer_steps = resume.metadata.get("optimizer_steps", resume.step)
+        engine.load_universal(resume.engine_folder, optimizer_steps, tensors)
         dist.barrier()
         if rank == 0:  # the converted copy has served: the next checkpoint is one of this topology
             shutil.rmtree(resume.engine_folder.parent)

@@ -106,6 +106,20 @@ def train(options: argparse.Namespace) -> int:
     return run(recipe)
 
 
+def ppo(options: argparse.Namespace) -> int:
+    """Check a recipe and improve its policy by reinforcement learning."""
+    from jobs.recipe import load_recipe
+    from jobs.recipe_checks import check_run
+    from jobs.recipe_checks_ppo import check_ppo, completed
+
+    recipe = completed(load_recipe(options.recipe, options.overrides))
+    check_run(recipe)
+    check_ppo(recipe)
+    from jobs.ppo import run
+
+    return run(recipe)
+
+
 def plan(options: argparse.Namespace) -> int:
     """Show what a recipe needs."""
     from jobs.plan import run
@@ -133,6 +147,19 @@ def generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure a model on what was held out."""
+    if options.samples > 1 and options.temperature == 0:
+        raise CommandError(
+            f"--samples={options.samples} are all the same at --temperature=0; use a temperature above 0"
+        )
+    from jobs.evaluate import Settings, run
+
+    names = ("samples", "temperature", "max_new_tokens", "seed", "slots", "show")
+    settings = Settings(**{name: getattr(options, name) for name in names}, json_file=options.json)
+    return run(options.checkpoint, options.overrides, settings)
 
 
 def profile(options: argparse.Namespace) -> int:
@@ -175,9 +202,11 @@ def doctor(options: argparse.Namespace) -> int:
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
+    "ppo": ppo,
     "plan": plan,
     "export": export,
     "generate": generate,
+    "evaluate": evaluate,
     "profile": profile,
     "bench": bench,
     "study": study,
@@ -219,6 +248,7 @@ def build_parser() -> Parser:
     recipe = f"a YAML file, or one of: {', '.join(recipe_names())}"
     for verb, summary in (
         ("train", "train the model of a recipe, or go on with run.resume=true"),
+        ("ppo", "improve the policy of a recipe by reinforcement learning"),
         ("plan", "show what a recipe needs: parameters, memory, batches, resources"),
     ):
         each = add(verb, summary)
@@ -239,6 +269,18 @@ def build_parser() -> Parser:
     each.add_argument("--temperature", type=float_from(0), default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     each.add_argument("--top-p", type=probability, default=0.95, metavar="P", help="nucleus (default: 0.95)")
     each.add_argument("--seed", type=int_from(0), default=0, metavar="S", help="same seed, same text (default: 0)")
+
+    each = add("evaluate", "measure a model on held-out problems, pairs or text")
+    each.add_argument("checkpoint", metavar="CHECKPOINT", help=where)
+    over = "tasks.… or data.… to measure on something else than its own recipe says"
+    each.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help=over)
+    each.add_argument("--samples", type=int_from(1), default=1, metavar="K", help="answers per problem (default: 1)")
+    each.add_argument("--temperature", type=float_from(0), default=0.0, metavar="T", help="default: 0, which is greedy")
+    each.add_argument("--max-new-tokens", type=int_from(1), metavar="N", help="at most N (default: as long as needed)")
+    each.add_argument("--seed", type=int_from(0), default=0, metavar="S", help="of the sampling (default: 0)")
+    each.add_argument("--slots", type=int_from(1), default=32, metavar="N", help="answers at a time (default: 32)")
+    each.add_argument("--show", type=int_from(0), default=0, metavar="N", help="print the first N answers, too")
+    each.add_argument("--json", type=file_to_write, metavar="FILE", help="write every answer and figure there, too")
 
     each = add("profile", "measure what each part of a recipe's model costs, and the model without it")
     each.add_argument("recipe", metavar="RECIPE", help=recipe)

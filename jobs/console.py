@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -15,13 +16,16 @@ _PATIENCE_S = 120.0  # silence that is spoken of, and again each time that it ha
 
 
 class RunLine:
-    """Shows a training run: ``update`` after every report, ``say`` for lines that stay."""
+    """Shows a run: ``update`` after every report, ``say`` for lines that stay.
 
-    def __init__(self, stream: TextIO) -> None:
+    ``words`` says what of a step's metrics is shown.
+    """
+
+    def __init__(self, stream: TextIO, words: Callable[[dict[str, Any]], list[str]]) -> None:
+        self._words = words
         self.console = Console(file=stream, highlight=False, soft_wrap=True)
         self._live = Live(console=self.console, refresh_per_second=4, transient=True)
         self._last_plain = 0.0
-        self._bits: float | None = None
         self._started: tuple[float, int] | None = None
         self._patience = _PATIENCE_S
         self.steps = 0
@@ -61,24 +65,19 @@ class RunLine:
         """Training starts (or starts again) after ``start`` of ``steps`` steps."""
         self.steps, self._started = steps, (time.monotonic(), start)
 
-    def update(self, row: dict[str, Any]) -> None:
-        """The newest step's metrics."""
-        new_bits = "bits_per_byte" in row
-        self._bits = row.get("bits_per_byte", self._bits)
+    def update(self, row: dict[str, Any], *, stays: bool = False) -> None:
+        """The newest step's metrics; a line that ``stays`` is also printed."""
         line = self._line(row)
         if self.console.is_terminal:
             self._live.update(Text(line))
-        if new_bits or not self.console.is_terminal and time.monotonic() - self._last_plain > _PLAIN_INTERVAL_S:
+        if stays or not self.console.is_terminal and time.monotonic() - self._last_plain > _PLAIN_INTERVAL_S:
             self.say(line)
         else:
             return
         self._last_plain = time.monotonic()
 
     def _line(self, row: dict[str, Any]) -> str:
-        parts = [f"step {row['step']:>5}/{self.steps}", f"loss {row['loss']:.4f}"]
-        if self._bits is not None:
-            parts.append(f"held out {self._bits:.3f} bits/byte")
-        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        parts = [f"step {row['step']:>5}/{self.steps}", *self._words(row)]
         left = self._time_left(row["step"])
         if left is not None:
             parts.append(f"{left} left")

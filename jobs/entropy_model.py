@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmada.data import PackedRows
-    from mmada.model import MMaDAForCausalLM
+    from mmada.pretrained import TrainableModel
 
 # Training text that a threshold is found on, and how much of it goes through the entropy model at once.
 SAMPLE_BYTES, PIECE_BYTES = 1 << 17, 1 << 14
@@ -71,7 +71,7 @@ def entropy_model_folder(folder: str) -> Path:
         raise RecipeError(f"model.entropy_model={folder} cannot be used: {error}") from error
 
 
-def load_entropy_model(model: MMaDAForCausalLM, folder: str) -> None:
+def load_entropy_model(model: TrainableModel, folder: str) -> None:
     """Give the new model the trained weights."""
     from transformers.utils import logging
 
@@ -83,7 +83,7 @@ def load_entropy_model(model: MMaDAForCausalLM, folder: str) -> None:
     model.model.patches.entropy_model.load_state_dict(trained.state_dict())
 
 
-def settle_threshold(model: MMaDAForCausalLM, rows: PackedRows, saved: Path | None) -> list[str]:
+def settle_threshold(model: TrainableModel, rows: PackedRows, saved: Path | None) -> list[str]:
     """Find the threshold that gives patches of ``patches.size`` bytes on a sample of the training rows, if it is null.
 
     ``saved``: the model's folder in the checkpoint that the run goes on from, which knows it already. Returns what
@@ -93,8 +93,7 @@ def settle_threshold(model: MMaDAForCausalLM, rows: PackedRows, saved: Path | No
     if not settings.needs_entropy_model or settings.threshold is not None:
         return []
     if saved is not None:
-        settings.threshold = json.loads((saved / "config.json").read_text(encoding="utf-8"))["patches"]["threshold"]
-        return []
+        return settle_saved_threshold(model, saved)
     from mmada.nn.patches.boundaries import mean_patch_size, threshold_for_size
 
     index, entropy = sample_entropies(model, rows)
@@ -106,7 +105,20 @@ def settle_threshold(model: MMaDAForCausalLM, rows: PackedRows, saved: Path | No
     return [f"model.patches.threshold={settings.threshold:.6g} gives {size:.2f} bytes per patch"]
 
 
-def sample_entropies(model: MMaDAForCausalLM, rows: PackedRows) -> tuple[Tensor, Tensor]:
+def settle_saved_threshold(model: TrainableModel, saved: Path | None) -> list[str]:
+    """Take an open threshold from the config of a saved model. Raises ClusterError where none is given."""
+    settings = model.config.patches
+    if settings.needs_entropy_model and settings.threshold is None:
+        if saved is None:
+            raise ClusterError(
+                "model.patches.threshold=null can be found on text alone, and this recipe learns from none; set it, "
+                "or train.start_from, whose threshold is then taken"
+            )
+        settings.threshold = json.loads((saved / "config.json").read_text(encoding="utf-8"))["patches"]["threshold"]
+    return []
+
+
+def sample_entropies(model: TrainableModel, rows: PackedRows) -> tuple[Tensor, Tensor]:
     """Number in its document, and entropy after it, of each byte in rows spread evenly over the text; (rows, T)."""
     import numpy as np
     import torch

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from cluster.errors import ClusterError
-from jobs.checkpoint_folder import model_folder
+from jobs.checkpoint_folder import holds_reward_model, model_folder
 
 
 def run(checkpoint: str, directory: str) -> int:
@@ -24,5 +24,8 @@ def run(checkpoint: str, directory: str) -> int:
         aside.rename(target)
     except OSError as error:
         raise ClusterError(f"directory={directory} cannot be written ({error.strerror}); give another one") from error
-    print(f"{target}  load it with AutoModelForCausalLM.from_pretrained after `import mmada.model`")
+    kind, module = ("CausalLM", "model")
+    if holds_reward_model(target):
+        kind, module = ("SequenceClassification", "reward_model")
+    print(f"{target}  load it with AutoModelFor{kind}.from_pretrained after `import mmada.{module}`")
     return 0

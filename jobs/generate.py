@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from jobs.checkpoint_folder import model_folder
+from cluster.errors import ClusterError
+from jobs.checkpoint_folder import holds_reward_model, model_folder
 
 
 def run(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> int:
     """Print ``prompt`` and its continuation; text appears as it is decoded."""
     folder = model_folder(checkpoint)
+    if holds_reward_model(folder):
+        raise ClusterError(
+            f"checkpoint={checkpoint} holds a reward model, which writes nothing; give a language model, or score "
+            "pairs with mmada evaluate"
+        )
     from transformers.utils import logging
 
     from mmada.generate import stream_text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 from jobs.entropy_model import load_entropy_model, with_entropy_model
@@ -10,6 +12,9 @@ from mmada.config import MMaDAConfig
 from mmada.data import load_tokenizer
 from mmada.model import MMaDAForCausalLM
 from mmada.presets import build_config
+from mmada.pretrained import TrainableModel
+
+Model = TypeVar("Model", bound=TrainableModel)
 
 
 def model_config(recipe: Recipe) -> MMaDAConfig:
@@ -29,14 +34,19 @@ def special_ids(recipe: Recipe) -> dict[str, int | None]:
 
 
 def build_model(recipe: Recipe, config: MMaDAConfig | None = None) -> MMaDAForCausalLM:
-    """A new model in float32, its weights a function of ``run.seed`` alone; ``config`` in place of the recipe's own.
+    """A new language model in float32, its weights a function of ``run.seed`` alone.
 
-    The weights of ``model.entropy_model`` are the trained ones.
+    ``config`` in place of the recipe's own. The weights of ``model.entropy_model`` are the trained ones.
     """
+    return build_model_of(MMaDAForCausalLM, recipe, config)
+
+
+def build_model_of(kind: type[Model], recipe: Recipe, config: MMaDAConfig | None = None) -> Model:
+    """``build_model`` with a head of another kind on the same trunk."""
     torch.manual_seed(recipe.run.seed)
     attention = recipe.model.overrides().get("attn_implementation", "sdpa")
     config = config or model_config(recipe)
-    model = MMaDAForCausalLM._from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model = kind._from_config(config, attn_implementation=attention, dtype=torch.float32)
     if recipe.model.entropy_model is not None and config.patches.needs_entropy_model:
         load_entropy_model(model, recipe.model.entropy_model)
     if recipe.train.gradient_checkpointing:

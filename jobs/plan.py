@@ -119,6 +119,8 @@ def run(recipe: Recipe) -> int:
     config = checked_config(recipe)
     prepared = find_prepared(recipe)
     tokens = prepared.train.num_tokens if prepared else None
+    if recipe.train.objective == "language_model" and recipe.data.source == "tasks" and recipe.tasks is not None:
+        tokens = recipe.tasks.size * recipe.train.sequence_length  # a problem fills a row, with padding
     warnings = []
     try:
         check_run(recipe)
@@ -180,7 +182,7 @@ def stage_memory(recipe: Recipe, size: ModelSize, stage: int) -> StageMemory:
 
 def batch_arithmetic(recipe: Recipe, train_tokens: int | None) -> BatchArithmetic:
     """global batch = workers x micro batch x accumulation, and what it comes to over the run."""
-    per_step = recipe.train.global_batch * recipe.train.sequence_length
+    per_step = recipe.train.global_batch * recipe.train.sequence_length * recipe.sequences_per_row
     in_run = per_step * recipe.train.steps
     return BatchArithmetic(
         global_batch=recipe.train.global_batch,

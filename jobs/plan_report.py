@@ -34,7 +34,10 @@ def facts(plan: Plan) -> Table:
     size, batch = plan.size, plan.batch
     micro = "micro batch" if batch.accumulation == 1 else "micro batches"
     workers = "worker" if batch.workers == 1 else "workers"
-    epochs = "the text is not prepared yet" if batch.epochs is None else f"{batch.epochs:.2f} times through the text"
+    data = "problems" if plan.recipe.data.source == "tasks" else "text"
+    epochs = "the text is not prepared yet" if batch.epochs is None else f"{batch.epochs:.2f} times through the {data}"
+    if plan.recipe.train.objective == "reward":
+        epochs = "two completions for each row"
     rows = {
         "model": [
             f"{size.total:,} parameters"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -27,6 +27,8 @@ WANTED = {
     "bool_type": "true or false",
     "string_type": "text",
     "model_type": "a section; write its keys below it",
+    "dict_type": "a section; write its keys below it",
+    "list_type": "a list; write it in brackets",
     "model_attributes_type": "a section; write its keys below it",
 }
 
@@ -88,7 +90,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         guess = sections_of(key)
         raise RecipeError(f"override={override} names no section; write {guess or 'section.key'}={text}")
     *outer, last = field.split(".")
-    if outer and section != "model":  # only the model has keys inside keys: model.ssm.state_size
+    if outer and section != "model" and outer != ["config"]:  # keys inside keys: model.ssm.state_size, tasks.config.…
         raise RecipeError(
             f"override={override} reaches inside a key; set it whole: {section}.{outer[0]}={{{last}: {text}}}"
         )
@@ -113,14 +115,22 @@ def parse(text: str, name: str) -> Any:
 
 def first_mistake(error: ValidationError) -> str:
     """One line for the mistake to mend first: a misspelt key comes before the one that is then missing."""
-    mistakes = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+    order = {"extra_forbidden": 0, "missing": 2}
+    mistakes = sorted(error.errors(include_url=False), key=lambda each: order.get(each["type"], 1))
     line = describe(mistakes[0])
-    return line if len(mistakes) == 1 else f"{line} (and {len(mistakes) - 1} more)"
+    others = {place(mistake) for mistake in mistakes} - {place(mistakes[0])}  # a choice of types is one mistake
+    return f"{line} (and {len(others)} more)" if others else line
+
+
+def place(mistake: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where pydantic found it, without the type that it tried there."""
+    parts = [str(part) for part in mistake["loc"]]
+    return tuple(part for part in parts if not part.startswith(("constrained-", "list[")))
 
 
 def describe(mistake: Mapping[str, Any]) -> str:
     """Field, value and remedy of one of pydantic's findings."""
-    location, kind = [str(part) for part in mistake["loc"]], mistake["type"]
+    location, kind = list(place(mistake)), mistake["type"]
     field, value = ".".join(location), mistake["input"]
     if kind == "extra_forbidden":
         return describe_unknown(location, value)
@@ -129,7 +139,7 @@ def describe(mistake: Mapping[str, Any]) -> str:
             return f"{field} is missing; the recipe needs a section {field}"
         return f"{field} is missing; set it in the recipe or as {field}=… after it"
     if kind in WANTED:
-        if kind.startswith("model"):
+        if kind.startswith("model") or kind in ("dict_type", "list_type"):
             return f"{field}={shown(value)} is not {WANTED[kind]}"
         quotable = kind == "string_type" and isinstance(value, bool | int | float)
         remedy = f"quote it: '{field}=\"{shown(value)}\"'" if quotable else f"write {WANTED[kind]}"
@@ -137,11 +147,15 @@ def describe(mistake: Mapping[str, Any]) -> str:
     if kind == "literal_error":
         allowed = property_of(location)["enum"]
         return f"{field}={shown(value)} is not one of {', '.join(allowed)}; {suggestion(str(value), allowed)}"
+    if kind == "string_pattern_mismatch" and field == "tasks.template":
+        return f"{field}={shown(value)} has no place for the problem; write {{question}} where it shall stand"
     if kind == "string_pattern_mismatch":
         remedy = "use letters, digits, '.', '_' and '-', a letter or digit first"
         return f"{field}={shown(value)} cannot name a folder; {remedy}"
     if kind == "string_too_short":
         return f"{field}={shown(value)} is empty; leave the key out or give it a value"
+    if kind == "too_short":
+        return f"{field}={shown(value)} is empty; give at least one, or leave the key out"
     return f"{field}={shown(value)} is out of range; use {allowed_range(property_of(location))}"
 
 
@@ -151,6 +165,8 @@ def describe_unknown(location: list[str], value: Any) -> str:
         remedy = suggestion(location[0], Recipe.model_fields)
         return f"{location[0]}={shown(value)} is not a section of a recipe; {remedy}"
     section, key = location[0], location[-1]
+    if len(location) > 2:
+        return f"{'.'.join(location)}={shown(value)} is not a key there; leave it out"
     keys = schema_of(section)["properties"]
     elsewhere = sections_of(key)
     remedy = f"did you mean {elsewhere}?" if elsewhere else suggestion(key, keys, f"{section}.")
@@ -165,13 +181,16 @@ def sections_of(key: str) -> str | None:
 def schema_of(section: str) -> dict[str, Any]:
     """JSON schema of one section."""
     annotation = Recipe.model_fields[section].annotation
-    assert annotation is not None
-    return annotation.model_json_schema()
+    (kind,) = [each for each in get_args(annotation) or (annotation,) if each is not type(None)]
+    return kind.model_json_schema()
 
 
 def property_of(location: list[str]) -> dict[str, Any]:
-    """JSON schema of one key, without the null that it may also be."""
-    found = schema_of(location[0])["properties"][location[1]]
+    """JSON schema of one key, without the null that it may also be; inside a list of sections, of one of their keys."""
+    section = schema_of(location[0])
+    found = section["properties"][location[1]]
+    if len(location) > 3 and "$ref" in (item := found.get("items", {})):  # reward, parts, 0, kind
+        found = section["$defs"][item["$ref"].rpartition("/")[2]]["properties"][location[3]]
     return next((each for each in found.get("anyOf", ()) if each.get("type") != "null"), found)
 
 

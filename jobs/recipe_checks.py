@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from jobs import recipe_yaml
 from jobs.entropy_model import with_entropy_model
 from jobs.recipe import RESOLVED_RECIPE, WANTED, Recipe, RecipeError
+from jobs.recipe_checks_tasks import check_objective, check_start, check_task_data, check_threshold
 from jobs.wording import listed, shown, suggestion
 
 if TYPE_CHECKING:
@@ -38,6 +39,24 @@ CHANGEABLE_ON_RESUME = {
     "train.keep_checkpoints",
     "train.evaluate_every",
     "train.evaluate_rows",
+    "reward.timeout",
+    "reward.retries",
+    "reward.batch",
+    "ppo.iterations",
+    "ppo.micro_batch",
+    "ppo.rollout_workers",
+    "ppo.rollout_cpus",
+    "ppo.rollout_gpus",
+    "ppo.rollout_threads",
+    "ppo.rollout_slots",
+    "ppo.rollout_timeout",
+    "ppo.reward_workers",
+    "ppo.max_replacements",
+    "ppo.max_reward_failures",
+    "ppo.max_logprob_gap",
+    "ppo.checkpoint_every",
+    "ppo.evaluate_every",
+    "ppo.table_every",
 }
 
 # The types of the model's fields in words.
@@ -56,6 +75,7 @@ def check(recipe: Recipe) -> None:
     """Raise RecipeError unless the sections, the model, the data and this machine go together."""
     check_batch(recipe)
     check_schedule(recipe)
+    check_objective(recipe)
     check_data(recipe)
     check_workers(recipe)
     config = checked_config(recipe)
@@ -63,6 +83,8 @@ def check(recipe: Recipe) -> None:
     check_experts(recipe, config)
     check_vocabulary(recipe, config)
     check_patches(recipe, config)
+    check_threshold(recipe, config)
+    check_start(recipe, config)
     check_gpus(recipe)
 
 
@@ -103,6 +125,8 @@ def check_data(recipe: Recipe) -> None:
                     f"data.{key}={shown(getattr(data, key))} has no meaning for data.source=stdlib; "
                     f"use data.source=files or hub, or leave it out"
                 )
+    elif data.source == "tasks":
+        check_task_data(recipe)
     elif data.path is None:
         what = "a text, JSONL or Parquet file or a folder of them" if data.source == "files" else "a data set's name"
         raise RecipeError(f"data.path=null gives data.source={data.source} nothing to read; set it to {what}")

@@ -9,25 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from jobs import recipe_yaml
+from jobs.recipe_schema_rl import Positive, PPOSection, RewardSection, Section, TasksSection
 
 # The resolved recipe's file name in a run's folder.
 RESOLVED_RECIPE = "recipe.yaml"
 
-Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class RecipeError(ValueError):
     """A recipe or command that cannot be carried out; the message is one line: field, value, remedy."""
-
-
-class Section(BaseModel):
-    """What every section has in common: unknown keys and wrong types are refused, nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class RunSection(Section):
@@ -49,9 +43,9 @@ class RunSection(Section):
 class DataSection(Section):
     """What is read and how it becomes tokens."""
 
-    source: Literal["stdlib", "files", "hub"] = "stdlib"
+    source: Literal["stdlib", "files", "hub", "tasks"] = "stdlib"
     """``stdlib``: the text in Python's own standard library; ``files``: text, JSONL or Parquet at ``data.path``;
-    ``hub``: a Hugging Face data set named by ``data.path``."""
+    ``hub``: a Hugging Face data set named by ``data.path``; ``tasks``: the problems of the section ``tasks``."""
 
     path: Annotated[str, Field(min_length=1)] | None = None
     """A file or folder (``files``), or a data set's name (``hub``)."""
@@ -80,6 +74,13 @@ class TrainSection(Section):
 
     steps: Positive
     """Optimizer steps of the whole run, counted from its first start."""
+
+    objective: Literal["language_model", "reward"] = "language_model"
+    """``language_model``: predict text, or the answers of ``data.source=tasks``; ``reward``: tell the better of two
+    completions."""
+
+    start_from: Annotated[str, Field(min_length=1)] | None = None
+    """Weights to begin with: a run's folder, a checkpoint or a saved model; null begins with fresh ones."""
 
     global_batch: Positive = 32
     """Rows that all workers together see in one optimizer step."""
@@ -210,6 +211,9 @@ class Recipe(Section):
     train: TrainSection
     cluster: ClusterSection = ClusterSection()
     tracking: TrackingSection = TrackingSection()
+    tasks: TasksSection | None = None
+    reward: RewardSection | None = None
+    ppo: PPOSection | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -230,14 +234,23 @@ class Recipe(Section):
         return self.train.micro_batch or self.rows_per_worker
 
     @property
+    def sequences_per_row(self) -> int:
+        """Sequences that the model reads for one row: both completions of a pair, or the row itself."""
+        return 2 if self.train.objective == "reward" else 1
+
+    @property
     def accumulation(self) -> int:
         """Backward passes of one worker in one optimizer step."""
         return self.rows_per_worker // self.micro_batch
 
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The sections that this recipe has, with every default filled in."""
+        return {name: keys for name, keys in self.model_dump().items() if keys is not None}
+
     def flattened(self) -> dict[str, Any]:
         """Every key with its value, as ``section.key``; what MLflow shows as parameters."""
-        return {f"{name}.{key}": value for name, keys in self.model_dump().items() for key, value in keys.items()}
+        return {f"{name}.{key}": value for name, keys in self.sections().items() for key, value in keys.items()}
 
     def resolved_yaml(self) -> str:
         """The recipe with every default written out; loading it gives the same recipe."""
-        return recipe_yaml.dump(self.model_dump())
+        return recipe_yaml.dump(self.sections())

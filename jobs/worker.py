@@ -24,29 +24,32 @@ from cluster.checkpoints import CheckpointStore
 from cluster.engine import Engine, EngineSettings
 from cluster.errors import ClusterError
 from jobs.checkpointing import Resume, find_resume, restore, save
-from jobs.entropy_model import settle_threshold
-from jobs.evaluation import evaluate
-from jobs.model_building import build_model
+from jobs.objective import Place, StepResult
+from jobs.objectives import open_objective
 from jobs.progress import Progress
 from jobs.recipe import Recipe
-from mmada.data import global_batch_indices, load_tokenizer, open_prepared, rank_slice, sample_ids
-from mmada.model import MMaDAForCausalLM
+from jobs.start_weights import load_start, start_folder
+from mmada.data import global_batch_indices, rank_slice, sample_ids
 from mmada.nn.experts import expert_ffn_sorted
+from mmada.pretrained import TrainableModel
 from mmada.training.schedules import warmup_cosine
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker; ``config`` holds ``recipe`` (resolved), ``run_dir`` and ``prepared``."""
+    """Entry point of a Ray Train worker; ``config`` holds ``recipe`` (resolved), ``run_dir`` and ``prepared``.
+
+    ``prepared``: the folder of prepared text, None where there is none.
+    """
     context = ray.train.get_context()
     run_dir = Path(config["run_dir"])
-    _write_output_to(run_dir / "logs" / f"worker-{context.get_world_rank()}.log")
-    recipe, prepared = Recipe.model_validate(config["recipe"]), Path(config["prepared"])
+    write_output_to(run_dir / "logs" / f"worker-{context.get_world_rank()}.log")
+    recipe, prepared = Recipe.model_validate(config["recipe"]), config["prepared"] and Path(config["prepared"])
     share = (os.cpu_count() or 1) // context.get_local_world_size()
     torch.set_num_threads(recipe.cluster.threads_per_worker or max(1, share))
     TrainingWorker(recipe, run_dir, prepared, ray.train.torch.get_device(), ray.train.report).run()
 
 
-def _write_output_to(log: Path) -> None:
+def write_output_to(log: Path) -> None:
     """Everything this process prints from now on goes to the run's folder."""
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -57,7 +60,7 @@ def _write_output_to(log: Path) -> None:
     os.close(descriptor)
 
 
-def engine_settings(recipe: Recipe, model: MMaDAForCausalLM) -> EngineSettings:
+def engine_settings(recipe: Recipe, model: TrainableModel) -> EngineSettings:
     """The engine's share of a recipe, and what it must know of the model."""
     train, cluster = recipe.train, recipe.cluster
     micro_batch = train.micro_batch or train.global_batch // cluster.workers
@@ -89,23 +92,22 @@ class TrainingWorker:
         self,
         recipe: Recipe,
         run_dir: Path,
-        prepared: Path,
+        prepared: Path | None,
         device: torch.device,
         report: Callable[[dict[str, Any]], None],
     ) -> None:
         self.recipe, self.run_dir = recipe, run_dir
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device
-        self.data = open_prepared(prepared)
-        self.tokenizer = load_tokenizer(recipe.data.tokenizer)
-        self.rows = self.data.train.rows(recipe.train.sequence_length)
-        self.model = build_model(recipe).to(self.device)
+        self.objective = open_objective(recipe, prepared)
+        self.place = Place(self.rank, self.world, device, self._sum)
+        self.model = self.objective.build_model().to(self.device)
         self.settings = engine_settings(recipe, self.model)
         self.store = CheckpointStore(run_dir / "checkpoints", keep=recipe.train.keep_checkpoints)
         self.progress = Progress(self.rank, self.world, run_dir, device, report)
 
         resume = self._agree_on_resume()
-        self._agree_on_threshold(resume)
+        self._agree_on_threshold(self._begin_weights(resume))
         self.engine = Engine(self.model, self.settings)
         self.model.reduce_load = self._sum if self.world > 1 else None
         torch.manual_seed(recipe.run.seed + 1 + self.rank)
@@ -122,7 +124,9 @@ class TrainingWorker:
             done = step + 1
             last = done == train.steps
             if last or (train.evaluate_every and done % train.evaluate_every == 0):
-                metrics["bits_per_byte"] = self.evaluate(all_rows=last)
+                metrics |= self.evaluate(all_rows=last)
+            if last:
+                self._finish()
             self.progress.add(done, metrics)  # before the checkpoint: what a resume skips has its metrics on disk
             saves = last or (train.checkpoint_every > 0 and done % train.checkpoint_every == 0)
             if saves:
@@ -131,43 +135,42 @@ class TrainingWorker:
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step over the global batch of ``step``; metrics are those of the whole batch."""
-        train = self.recipe.train
         batch = self._batch(step)
-        targets = self._sum((batch["shift_labels"] != -100).sum().to(torch.float64))
+        counts = torch.stack([count.to(self.device, torch.float64) for count in self.objective.count(batch)])
+        targets, tokens = self._sum(counts)
         # Each micro batch divides by its even share of the targets: the mean over workers and micro batches, which
         # is what the engine takes, is then the mean over the targets of the whole batch, however they are spread.
         share = targets / (self.world * self.settings.accumulation)
         learning_rate = self.learning_rate(step)
-        parts, loads, num_patches = [], [], []
+        results: list[StepResult] = []
         for micro in range(self.settings.accumulation):
             rows = slice(micro * self.settings.micro_batch, (micro + 1) * self.settings.micro_batch)
-            output = self.engine.forward(
-                **{name: value[rows] for name, value in batch.items()}, num_items_in_batch=share, use_cache=False
-            )
-            self.engine.backward(output.loss)
+            result = self.objective.forward(self.engine, {name: value[rows] for name, value in batch.items()}, share)
+            self.engine.backward(result.loss)
             self.engine.step(learning_rate)
-            losses = [output.lm_loss]
-            if output.expert_load is not None:
-                losses += [output.aux_loss, output.z_loss, output.source_balance]
-                loads.append(output.expert_load)
-            if output.num_patches is not None:
-                num_patches.append(output.num_patches.sum())
-            parts.append(torch.stack(losses))
-        means = (self._sum(torch.stack(parts).mean(0).double()) / self.world).tolist()
-        if not math.isfinite(means[0]):
-            raise ClusterError(f"loss of step {step + 1} is {means[0]}; lower train.learning_rate or clip_grad_norm")
-        metrics = {"loss": means[0], "learning_rate": learning_rate, "gradient_norm": self.engine.gradient_norm}
-        metrics["tokens"] = train.global_batch * train.sequence_length
+            results.append(result)
+        metrics = self._means(results)
+        if not math.isfinite(metrics["loss"]):
+            raise ClusterError(
+                f"loss of step {step + 1} is {metrics['loss']}; lower train.learning_rate or clip_grad_norm"
+            )
+        metrics |= {"learning_rate": learning_rate, "gradient_norm": self.engine.gradient_norm, "tokens": int(tokens)}
+        num_patches = [result.num_patches.sum() for result in results if result.num_patches is not None]
         if num_patches:
             metrics["bytes_per_patch"] = metrics["tokens"] / float(self._sum(torch.stack(num_patches).sum()))
+        loads = [result.expert_load for result in results if result.expert_load is not None]
         if loads:
             load_LE = torch.stack(loads).sum(0)
             self.model.update_router_bias(load_LE)
             violation_L = load_LE.max(dim=1).values / load_LE.mean(dim=1) - 1
-            names = ("router_balance_loss", "router_z_loss", "router_source_balance")
-            metrics |= dict(zip(names, means[1:], strict=True))
             metrics["expert_load_max_violation"] = float(violation_L.max())
         return metrics
+
+    def _means(self, results: list[StepResult]) -> dict[str, float]:
+        """The metrics of a step, each the mean over its micro batches and the workers."""
+        parts = torch.stack([torch.stack([*result.metrics.values()]) for result in results])
+        means = (self._sum(parts.mean(0).double()) / self.world).tolist()
+        return dict(zip(results[0].metrics, means, strict=True))
 
     def learning_rate(self, step: int) -> float:
         """The schedule of the recipe at ``step``."""
@@ -180,32 +183,35 @@ class TrainingWorker:
             min_ratio=train.min_learning_rate_ratio,
         )
 
-    def evaluate(self, *, all_rows: bool) -> float:
-        """Held-out bits per byte, over all rows or the first ``train.evaluate_rows``."""
-        train = self.recipe.train
+    def evaluate(self, *, all_rows: bool) -> dict[str, float]:
+        """Metrics on what is held out, over all rows or the first ``train.evaluate_rows``."""
+        max_rows = None if all_rows else self.recipe.train.evaluate_rows
         self.engine.set_training(False)
-        bits = evaluate(
-            self.engine,
-            self.data.held_out,
-            sequence_length=train.sequence_length,
-            batch_rows=self.settings.micro_batch,
-            max_rows=None if all_rows else train.evaluate_rows,
-            device=self.device,
-        )
+        metrics = self.objective.evaluate(self.engine, self.place, self.settings.micro_batch, max_rows)
         self.engine.set_training(True)
-        return bits
+        return metrics
+
+    def _finish(self) -> None:
+        """What the objective has left to do with the model after the last step."""
+        self.engine.set_training(False)
+        self.objective.finish(self.engine, self.place, self.settings.micro_batch)
+        self.engine.set_training(True)
 
     def save(self, step: int) -> str:
         """Write, check and make current the checkpoint of ``step``; its folder."""
-        metadata = {"step": step, "data": self.data.fingerprint, "seed": self.recipe.run.seed}
-        return str(save(self.engine, self.store, self.tokenizer, step, metadata, self.rank, self.world))
+        metadata = {"step": step, "data": self.objective.fingerprint, "seed": self.recipe.run.seed}
+        architecture, tokenizer = type(self.model).__name__, self.objective.tokenizer
+        folder = save(
+            self.engine, self.store, tokenizer, step, metadata, self.rank, self.world, architecture=architecture
+        )
+        return str(folder)
 
     def _batch(self, step: int) -> dict[str, Tensor]:
         """This rank's rows of the global batch of ``step``."""
         train = self.recipe.train
-        indices = global_batch_indices(self.recipe.run.seed, step, train.global_batch, len(self.rows))
+        indices = global_batch_indices(self.recipe.run.seed, step, train.global_batch, len(self.objective.rows))
         own = rank_slice(np.arange(train.global_batch), self.rank, self.world)
-        batch = self.rows.batch(indices[own])
+        batch = self.objective.rows.batch(indices[own])
         batch["sample_ids"] = torch.from_numpy(sample_ids(self.recipe.run.seed, step, train.global_batch)[own])
         self.progress.record_rows(step, indices[own])
         return {name: value.to(self.device) for name, value in batch.items()}
@@ -221,11 +227,20 @@ class TrainingWorker:
             self.progress.note(found[0].notes)
         return found[0] if found[0] is not None and found[0].folder is not None else None
 
-    def _agree_on_threshold(self, resume: Resume | None) -> None:
-        """Where the recipe leaves the threshold of byte patches to its text, all take what rank 0 finds."""
+    def _begin_weights(self, resume: Resume | None) -> Path | None:
+        """A new run begins with the weights of ``train.start_from``; the saved model that this run goes on from."""
+        if resume is not None and resume.folder is not None:
+            return resume.folder / "model"
+        if self.recipe.train.start_from is None:
+            return None
+        folder = start_folder(self.recipe.train.start_from)
+        self.progress.note(load_start(self.model, folder))
+        return folder
+
+    def _agree_on_threshold(self, saved: Path | None) -> None:
+        """Where the recipe leaves the threshold of byte patches open, all take what rank 0 finds."""
         is_open = self.model.config.patches.threshold is None
-        saved = resume.folder / "model" if resume is not None and resume.folder is not None else None
-        self.progress.note(settle_threshold(self.model, self.rows, saved))
+        self.progress.note(self.objective.settle(self.model, saved))
         found = [self.model.config.patches.threshold]
         dist.broadcast_object_list(found, src=0)
         self.model.config.patches.threshold = found[0]

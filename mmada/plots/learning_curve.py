@@ -7,21 +7,35 @@ import math
 from matplotlib.figure import Figure
 
 
-def learning_curve(loss: list[tuple[int, float]], held_out: list[tuple[int, float]], title: str) -> Figure:
-    """Training loss per step (as bits per token) and held-out bits per byte, over steps.
+def learning_curve(
+    loss: list[tuple[int, float]],
+    held_out: list[tuple[int, float]],
+    title: str,
+    *,
+    held_out_label: str = "held out, bits per byte",
+) -> Figure:
+    """Training loss per step (as bits per token) and a held-out figure in bits, over steps.
 
     ``loss`` is in nats per token; both are lists of (step, value).
     """
+    in_bits = [(step, nats / math.log(2)) for step, nats in loss]
+    return curves({"training, bits per token": in_bits}, {held_out_label: held_out}, title, "bits")
+
+
+def curves(
+    every_step: dict[str, list[tuple[int, float]]], now_and_then: dict[str, list[tuple[int, float]]], title: str, y: str
+) -> Figure:
+    """Metrics that every step has as thin lines, those of evaluations with a mark each; lists of (step, value)."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    if loss:
-        steps, nats = zip(*loss, strict=True)
-        axes.plot(steps, [n / math.log(2) for n in nats], linewidth=0.8, alpha=0.6, label="training, bits per token")
-    if held_out:
-        steps, bits = zip(*held_out, strict=True)
-        axes.plot(steps, bits, marker="o", markersize=3, label="held out, bits per byte")
-    axes.set(title=title, xlabel="step", ylabel="bits")
+    for label, points in every_step.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), linewidth=0.8, alpha=0.6, label=label)
+    for label, points in now_and_then.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    axes.set(title=title, xlabel="step", ylabel=y)
     axes.grid(alpha=0.3)
-    if loss or held_out:
+    if axes.lines:
         axes.legend()
     return figure

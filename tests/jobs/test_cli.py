@@ -122,7 +122,7 @@ WRONG_RECIPES = [
     (["data.source=files"], ["data.path=null", "data.source=files", "set it to"]),
     (["data.source=files", "data.path=/no/such/file.txt"], ["data.path=/no/such/file.txt", "give a text"]),
     (["data.path=/tmp"], ["data.path='/tmp'", "data.source=stdlib", "use data.source=files"]),
-    (["data.source=web"], ["data.source='web'", "use stdlib, files or hub"]),
+    (["data.source=web"], ["data.source='web'", "use stdlib, files, hub or tasks"]),
     (["data.tokenizer=./no-such-tokenizer"], ["data.tokenizer=./no-such-tokenizer", "give a tokenizer's folder"]),
     # a run's folder
     (["run.resume=true"], ["run.resume=true", "runs/wrong", "leave it out"]),
@@ -168,7 +168,7 @@ def test_a_wrong_recipe_is_refused_in_one_line(
 
 WRONG_COMMANDS = [
     (["trian", "debug"], ["verb=trian", "did you mean train?"]),
-    (["fly"], ["verb=fly", "use train, plan, export"]),
+    (["fly"], ["verb=fly", "use train, ppo, plan"]),
     (["train"], ["RECIPE is missing", "see mmada train --help"]),
     (["train", "debgu"], ["recipe=debgu", "did you mean debug?"]),
     (["train", "no/such.yaml"], ["recipe=no/such.yaml", "give a YAML file, or backbone-all"]),

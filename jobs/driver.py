@@ -1,0 +1,345 @@
+"""The driver's side of any run on workers: Ray, MLflow, the run's folder, what is heard and what is said.
+
+A kind of run (``jobs.train``, ``jobs.ppo``) says what it learns from, what its workers do, and how its metrics read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.checkpoints import CheckpointStore
+from cluster.errors import ClusterError
+from cluster.launch import WorkersFailed, run_workers
+from cluster.session import RaySession
+from cluster.terminal import quiet_terminal
+from cluster.tracking import Tracker
+from jobs.checkpoint_folder import model_folder
+from jobs.console import RunLine
+from jobs.progress import read_metrics
+from jobs.recipe import RESOLVED_RECIPE, Recipe
+from mmada.errors import DataError
+
+
+class RunRecord:
+    """What the driver has heard so far; the stuff of ``summary.json``."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.metrics: dict[str, float] = {}  # what the summary says at last
+        self.curves: dict[str, dict[int, float]] = {}  # every metric by step
+        self.checkpoint: str | None = None
+        self.tokens = 0
+        self.training_seconds = 0.0
+
+    def add(self, row: dict[str, Any]) -> dict[str, float]:
+        """Take in one step; its metrics with ``tokens_per_second``."""
+        step = self.steps = row["step"]
+        self.checkpoint = row.get("checkpoint", self.checkpoint)
+        kept = {k: v for k, v in row.items() if k not in ("step", "checkpoint", "tokens")}
+        metrics = {name: value for name, value in kept.items() if math.isfinite(value)}
+        metrics["tokens_per_second"] = row["tokens"] / row["step_seconds"]
+        if step not in self.curves.get("tokens_per_second", {}):  # a step done twice counts once
+            self.tokens += row["tokens"]
+            self.training_seconds += row["step_seconds"]
+        for name, value in metrics.items():
+            self.curves.setdefault(name, {})[step] = value
+        self.metrics["tokens_per_second"] = self.tokens / self.training_seconds
+        return metrics
+
+
+def start(recipe: Recipe, make: Callable[[Path], Driver]) -> int:
+    """Make the run's folder and its driver, and run it; the exit code.
+
+    What fails before the run has begun leaves no folder behind.
+    """
+    run_dir = recipe.run_dir.resolve()
+    is_new = not run_dir.exists()
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        return make(run_dir).run()
+    except BaseException:
+        if is_new and not (run_dir / RESOLVED_RECIPE).exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+class Driver:
+    """One run, seen from the process that the user started. Kinds of runs derive from it."""
+
+    tracked_metric = "loss"  # one that every step has: what MLflow has it for, it has all of
+    steps_key = "train.steps"  # what the user raises to go on
+    extra_cpus = 0.0  # of actors beside the workers
+    extra_gpus = 0.0
+
+    def __init__(self, recipe: Recipe, run_dir: Path, fingerprint: str, source: str) -> None:
+        """``fingerprint`` of what is learned from, named by ``source`` (``data.source=stdlib``).
+
+        Raises DataError when the run began with something else.
+        """
+        self.recipe, self.run_dir, self.fingerprint = recipe, run_dir, fingerprint
+        self.record = self.make_record()
+        self.tracked: set[int] = set()  # steps whose metrics MLflow has
+        self.state_file = run_dir / "run.json"
+        self.state: dict[str, Any] = json.loads(self.state_file.read_text()) if self.state_file.exists() else {}
+        if self.state.get("data", fingerprint) != fingerprint:
+            raise DataError(
+                f"{source} no longer gives what run.name={recipe.run.name} began with "
+                f"(its fingerprint was {self.state['data']}); restore it, or choose another run.name"
+            )
+        if self.state:  # what is known of a run that goes on, should nothing more be heard of it
+            for row in read_metrics(run_dir, up_to=sys.maxsize):
+                self.record.add(row)
+
+    # What a kind of run says for itself.
+
+    def make_record(self) -> RunRecord:
+        """An empty record of the kind that it keeps."""
+        return RunRecord()
+
+    def announce(self) -> None:
+        """Say what is learned from, and by whom."""
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        raise NotImplementedError
+
+    def work(self) -> Callable[[dict[str, Any]], None]:
+        """What every worker runs, given ``worker_config``."""
+        raise NotImplementedError
+
+    def worker_config(self) -> dict[str, Any]:
+        """Plain values for the workers, beside the recipe and the run's folder."""
+        return {}
+
+    @contextmanager
+    def beside_the_workers(self) -> Iterator[None]:
+        """Whatever runs while the workers do."""
+        yield
+
+    def words(self, row: dict[str, Any]) -> list[str]:
+        """What the terminal shows of a step."""
+        raise NotImplementedError
+
+    def stays(self, row: dict[str, Any]) -> bool:
+        """Whether a step's line stays on the terminal."""
+        return False
+
+    def heard(self, row: dict[str, Any]) -> None:
+        """A step's metrics have come, for the first time."""
+
+    def figures(self) -> dict[str, Any]:
+        """Matplotlib figures of the run, by name."""
+        return {}
+
+    def closing(self) -> None:
+        """Say how it ended, when all steps are done."""
+
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` holds beside what every run's does."""
+        return {}
+
+    # The run.
+
+    def run(self) -> int:
+        """Start everything, train, write the summary; 0 if all steps were done, 1 if not."""
+        log = self.run_dir / "logs" / "driver.log"
+        with quiet_terminal(log) as terminal, RunLine(terminal, self.words) as line:
+            self.line = line
+            line.say(f"run      {self.run_dir}")
+            self.announce()
+            line.wait("starting MLflow and Ray …")
+            cluster = self.recipe.cluster
+            self.tracker = Tracker(
+                self.recipe.tracking.uri,
+                self.recipe.tracking.experiment,
+                run_dir=self.run_dir,
+                run_name=self.recipe.run.name,
+                run_id=self.state.get("mlflow_run_id"),
+            )
+            with RaySession(
+                cluster.address,
+                workers=cluster.workers,
+                cpus_per_worker=cluster.cpus_per_worker,
+                gpus_per_worker=cluster.gpus_per_worker,
+                log_dir=self.run_dir / "logs",
+                timeout_s=cluster.start_timeout,
+                extra_cpus=self.extra_cpus,
+                extra_gpus=self.extra_gpus,
+            ):
+                mlflow_run_id = self.tracker.start(self.recipe.sections())
+                (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
+                self._remember(mlflow_run_id=mlflow_run_id, data=self.fingerprint)
+                self.tracked = self.tracker.steps_of(self.tracked_metric)
+                try:
+                    error = self._run_workers()
+                except BaseException as unexpected:
+                    self._summarise("failed", unexpected)
+                    self.tracker.finish("failed")
+                    raise
+            return self._finish(error, log)
+
+    def _run_workers(self) -> BaseException | None:
+        cluster = self.recipe.cluster
+        attempt = self.state.get("attempts", 0) + 1
+        self._remember(attempts=attempt)
+        plural = "s" if cluster.workers > 1 else ""
+        resources = {"CPU": cluster.cpus_per_worker}
+        if cluster.gpus_per_worker:
+            resources["GPU"] = cluster.gpus_per_worker
+        try:
+            with self.beside_the_workers():
+                self.line.wait(f"starting {cluster.workers} worker{plural} …")
+                run_workers(
+                    self.work(),
+                    {
+                        "recipe": recipe_for_workers(self.recipe),
+                        "run_dir": str(self.run_dir),
+                        **self.worker_config(),
+                    },
+                    workers=cluster.workers,
+                    resources_per_worker=resources,
+                    backend="nccl" if cluster.gpus_per_worker else "gloo",
+                    attempt_dir=self.run_dir / "ray" / f"attempt-{attempt}",
+                    max_failures=cluster.max_failures,
+                    on_message=self._hear,
+                    on_silence=self.line.silence,
+                )
+        except (WorkersFailed, ClusterError, KeyboardInterrupt) as error:
+            return error
+        return None
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        """A message from the workers, in the listening thread."""
+        if message["kind"] == "failure":
+            rank, reason = next(iter(message["errors"].items()))
+            self.line.say(f"worker {rank} failed: {reason}")
+        elif "start" in message:
+            for note in message["notes"]:
+                self.line.say(note)
+            if message["settled"]:
+                self.tracker.tag(message["settled"])
+            self.line.begin(message["start"], message["steps"])
+            self.record.steps = message["start"]
+            for row in read_metrics(self.run_dir, up_to=message["start"]):
+                if row["step"] not in self.tracked:  # its report was lost with a worker or with a driver
+                    self._take(row)
+        else:
+            *earlier, last = [{**row, **self._take(row)} for row in message["history"]]
+            for row in earlier:
+                if self.stays(row):
+                    self.line.update(row, stays=True)
+            self.line.update(last, stays=self.stays(last))
+
+    def _take(self, row: dict[str, Any]) -> dict[str, float]:
+        """Record a step here and, unless it is there, in MLflow; its metrics."""
+        metrics = self.record.add(row)
+        if row["step"] not in self.tracked:
+            self.tracker.log(row["step"], metrics)
+            self.tracked.add(row["step"])
+            self.heard(row)
+        folder = Path(row.get("checkpoint", ""))
+        if "checkpoint" in row and folder.is_dir():
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            self.tracker.checkpoint(folder, row["step"], size)
+        return metrics
+
+    def _finish(self, error: BaseException | None, log: Path) -> int:
+        record = self.record
+        if record.checkpoint is None:
+            store = CheckpointStore(self.run_dir / "checkpoints")
+            newest = store.newest_good(lambda damaged: self.line.say(str(damaged)))
+            record.checkpoint = str(newest) if newest else None
+        status = "failed" if error else "done"
+        if record.curves:
+            for name, figure in self.figures().items():
+                self.tracker.figure(name, figure)
+        self._summarise(status, error)
+        self.tracker.artifact(self.run_dir / RESOLVED_RECIPE)
+        for problem in self.tracker.finish(status):
+            self.line.say(problem)
+        if isinstance(error, KeyboardInterrupt):
+            self.line.say(f"interrupted after step {record.steps}; go on with run.resume=true")
+            raise error
+        if error:
+            last = f"; the last good checkpoint is {record.checkpoint}" if record.checkpoint else ""
+            self.line.say(f"failed after step {record.steps}: {error}{last}; logs in {log.parent}")
+            return 1
+        self.closing()
+        self._say_what_next()
+        return 0
+
+    def _summarise(self, status: str, error: BaseException | None) -> None:
+        summary = {
+            "status": status,
+            "steps": self.record.steps,
+            "metrics": self.record.metrics,
+            "mlflow_run_id": self.state["mlflow_run_id"],
+            "checkpoint": self.record.checkpoint,
+            **self.summary(),
+        }
+        if error:
+            is_signal = isinstance(error, SystemExit)  # the session makes one of SIGTERM: its text is a number
+            summary["error"] = "ended by SIGTERM" if is_signal else str(error) or type(error).__name__
+        _write_json(self.run_dir / "summary.json", summary)
+
+    def _say_what_next(self) -> None:
+        say, record = self.line.say, self.record
+        uri, bin_dir = self.tracker.uri, shown_path(Path(sys.executable).parent)
+        checkpoint = shlex.quote(shown_path(Path(record.checkpoint or "")))
+        say("next")
+        ui = f"{bin_dir}/mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        say(f"  look      {uri if uri.startswith('http') else ui}")
+        for line in self.what_next(f"{bin_dir}/mmada", checkpoint):
+            say(f"  {line}")
+        more = f"run.name={self.recipe.run.name} run.resume=true {self.steps_key}={self.steps * 2}"
+        say(f"  go on     the same command with {more}")
+
+    def what_next(self, mmada: str, checkpoint: str) -> list[str]:
+        """Commands to try on what has been learned."""
+        return [f"export    {mmada} export {checkpoint} my-model"]
+
+    def _remember(self, **values: Any) -> None:
+        self.state |= values
+        _write_json(self.state_file, self.state)
+
+
+def recipe_for_workers(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with the folders that it names absolute: workers have a working directory of their own."""
+    values = recipe.model_dump()
+    named = [("data", "tokenizer"), ("data", "path"), ("model", "entropy_model"), ("train", "start_from")]
+    for section, key in [*named, ("ppo", "start_from")]:
+        name = (values[section] or {}).get(key)
+        if name is not None and (folder := Path(name).expanduser()).exists():
+            values[section][key] = str(folder.resolve())
+    for part in (values["reward"] or {}).get("parts", ()):
+        if part["kind"] == "model":
+            part["name"] = str(model_folder(part["name"]).resolve())
+    return values
+
+
+def only_cpus(recipe: dict[str, Any]) -> None:
+    """In a worker without GPUs of its own, before torch is imported: leave those that others use alone."""
+    if not recipe["cluster"]["gpus_per_worker"]:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def shown_path(path: Path) -> str:
+    """A path as the user would type it here: relative where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    aside.replace(path)

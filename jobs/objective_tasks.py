@@ -1,0 +1,116 @@
+"""Predicting the answers of tasks: completion-only learning, measured in bits per answer byte and by solving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from jobs.entropy_model import settle_saved_threshold
+from jobs.evaluation import bits_per_byte
+from jobs.evaluation_tasks import held_out_accuracy
+from jobs.model_building import build_model
+from jobs.objective import Objective, Place, StepResult
+from jobs.objective_text import language_model_step, num_targets
+from jobs.recipe import Recipe
+from jobs.task_source import load_recipe_tasks
+from mmada.data import load_tokenizer
+from mmada.data.task_rows import TaskRows
+from mmada.model import MMaDAForCausalLM
+from mmada.plots.learning_curve import learning_curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cluster.engine import Engine
+    from mmada.pretrained import TrainableModel
+
+
+class TaskObjective(Objective):
+    """``train.objective=language_model`` on ``data.source=tasks``."""
+
+    model_class = MMaDAForCausalLM
+    held_out_metric = "bits_per_answer_byte"
+    rows: TaskRows
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Raises DataError for problems without answers, or longer than a row."""
+        self.tasks, length = load_recipe_tasks(recipe), recipe.train.sequence_length
+        tokenizer = load_tokenizer(recipe.data.tokenizer)
+        rows = TaskRows(self.tasks.train, tokenizer, length)
+        super().__init__(recipe, tokenizer, self.tasks.fingerprint, rows, None)
+        self.held_out_rows = TaskRows(self.tasks.held_out, tokenizer, length)
+
+    @classmethod
+    def prepare(cls, recipe: Recipe) -> TaskObjective:
+        """Draw the problems: nothing is written."""
+        return cls(recipe)
+
+    @classmethod
+    def open(cls, recipe: Recipe, prepared: Path | None) -> TaskObjective:
+        """Draw the same problems."""
+        return cls(recipe)
+
+    def announcement(self) -> str:
+        """In problems."""
+        families = ", ".join(self.tasks.source.families)
+        known = f" ({self.tasks.num_distinct:,} of them different)" if self.tasks.num_distinct < len(self.rows) else ""
+        return f"{len(self.rows):,} problems to learn from{known}, {len(self.held_out_rows):,} held out: {families}"
+
+    def headline(self, value: float) -> str:
+        """In bits per byte of an answer."""
+        return f"held out {value:.3f} bits/answer byte"
+
+    def closing(self, metrics: dict[str, float]) -> str:
+        """With the accuracy, where it was measured."""
+        solved = metrics.get("held_out_accuracy")
+        also = "" if solved is None else f", {100 * solved:.1f} % of {len(self.held_out_rows)} held-out problems solved"
+        return f"{metrics['bits_per_answer_byte']:.3f} bits per held-out answer byte{also}"
+
+    def figure(self, curves: dict[str, dict[int, float]], title: str) -> Figure:
+        """Both curves in bits."""
+        loss, held_out = (curves.get(name, {}) for name in ("loss", self.held_out_metric))
+        return learning_curve(
+            [*loss.items()], [*held_out.items()], title, held_out_label="held out, bits per answer byte"
+        )
+
+    def build_model(self) -> MMaDAForCausalLM:
+        """The language model."""
+        return build_model(self.recipe)
+
+    def settle(self, model: TrainableModel, saved: Path | None) -> list[str]:
+        """The threshold of byte patches, from the model that training begins with."""
+        return settle_saved_threshold(model, saved)
+
+    def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Tokens of answers, and of whole rows without their padding."""
+        return num_targets(batch), batch["attention_mask"].sum()
+
+    def forward(self, engine: Engine, batch: dict[str, Tensor], share: Tensor) -> StepResult:
+        """The language model's own loss, on answers alone."""
+        return language_model_step(engine, batch, share)
+
+    def evaluate(self, engine: Engine, place: Place, batch_rows: int, max_rows: int | None) -> dict[str, float]:
+        """Bits per answer byte; and the share of problems solved greedily, where a worker has the whole model."""
+        rows = self.held_out_rows
+        bits = bits_per_byte(
+            engine.forward, rows, num_bytes=rows.num_answer_bytes, batch_rows=batch_rows, max_rows=max_rows, place=place
+        )
+        metrics = {"bits_per_answer_byte": bits}
+        if engine.settings.zero_stage < 3 and engine.settings.expert_parallel == 1:
+            metrics["held_out_accuracy"] = self._accuracy(engine.module, place, max_rows)
+        return metrics
+
+    def _accuracy(self, model: Any, place: Place, max_rows: int | None) -> float:
+        """Workers take turns problem by problem. An answer may be as long as the longest right one."""
+        items = self.tasks.held_out[:max_rows]
+        own = items[place.rank :: place.world]
+        right = 0.0
+        if own:
+            longest = max(self.rows.longest_completion, self.held_out_rows.longest_completion)
+            new_tokens = min(longest, model.config.max_position_embeddings - self.held_out_rows.longest_prompt)
+            found = held_out_accuracy(model, self.tokenizer, self.tasks, max_new_tokens=new_tokens, items=own)
+            right = sum(answer.accuracy for answer in found.answers)
+        return float(place.sum(torch.tensor(right, dtype=torch.float64, device=place.device))) / len(items)

@@ -1,0 +1,35 @@
+"""Which objective a recipe asks for: ``train.objective`` x ``data.source``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.objective import Objective
+from jobs.objective_reward import RewardObjective
+from jobs.objective_tasks import TaskObjective
+from jobs.objective_text import TextObjective
+from jobs.recipe import Recipe
+
+OBJECTIVES: dict[tuple[str, str], type[Objective]] = {
+    ("language_model", "stdlib"): TextObjective,
+    ("language_model", "files"): TextObjective,
+    ("language_model", "hub"): TextObjective,
+    ("language_model", "tasks"): TaskObjective,
+    ("reward", "tasks"): RewardObjective,
+    ("reward", "files"): RewardObjective,
+}
+
+
+def objective_class(recipe: Recipe) -> type[Objective]:
+    """The entry of a recipe that ``jobs.recipe_checks`` has passed."""
+    return OBJECTIVES[recipe.train.objective, recipe.data.source]
+
+
+def prepare_objective(recipe: Recipe) -> Objective:
+    """In the driver: what is learned from, prepared and checked. Raises DataError or RecipeError."""
+    return objective_class(recipe).prepare(recipe)
+
+
+def open_objective(recipe: Recipe, prepared: Path | None) -> Objective:
+    """In a worker: the same, from the folder that the driver's ``prepared`` named."""
+    return objective_class(recipe).open(recipe, prepared)
