@@ -17,7 +17,6 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from jobs import recipe_yaml
 from jobs.checkpoint_folder import holds_reward_model, model_folder, recipe_of
@@ -28,6 +27,7 @@ from jobs.objective import Place
 from jobs.objective_reward import held_out_metrics, judge, preferences
 from jobs.plan_report import table_of
 from jobs.prepared_data import text_source
+from jobs.quiet_transformers import quiet_transformers
 from jobs.recipe import Recipe, RecipeError, apply_override, first_mistake
 from jobs.recipe_checks_tasks import check_objective
 from jobs.task_source import load_recipe_tasks
@@ -64,10 +64,13 @@ class Settings:
 
 def run(checkpoint: str, overrides: Sequence[str], settings: Settings) -> int:
     """Print what is measured. Raises RecipeError, DataError or ClusterError for what cannot be evaluated."""
+    with quiet_transformers():
+        return _run(checkpoint, overrides, settings)
+
+
+def _run(checkpoint: str, overrides: Sequence[str], settings: Settings) -> int:
     folder = model_folder(checkpoint)
     recipe = evaluated_recipe(checkpoint, overrides, is_reward=holds_reward_model(folder))
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     tokenizer = load_tokenizer(str(folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = MMaDARewardModel if holds_reward_model(folder) else MMaDAForCausalLM

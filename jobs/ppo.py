@@ -151,7 +151,16 @@ class PPORun(Driver):
             stack.callback(ledger.close)
             evaluation = EvaluationLoop(own, len(self.tasks.held_out), set(self.accuracy), self._evaluated)
             loop = RolloutLoop(
-                self.recipe, self.tasks, tokenizer, self.exchange, rollouts, rewards, ledger, evaluation, self._tabulate
+                self.recipe,
+                self.tasks,
+                tokenizer,
+                self.exchange,
+                rollouts,
+                rewards,
+                ledger,
+                evaluation,
+                self._tabulate,
+                self.line.say,
             )
             thread = threading.Thread(target=loop.run, name="mmada-rollouts", daemon=True)
             thread.start()

@@ -86,6 +86,9 @@ class Learner:
         if resume.folder is None:
             return 0
         start = restore(self.engine, resume, self.rank, POLICY)
+        again = sum(entry.iteration >= start for entry in ledger.entries(self.run_dir)) if self.rank == 0 else 0
+        if again:
+            self.progress.note([f"iterations learned from since then, to be done again: {again}"])
         self.update.kl.load_state_dict(resume.metadata["kl"])
         self.update.optimizer_steps = resume.metadata["optimizer_steps"]
         if self.trained is not None:

@@ -73,11 +73,12 @@ class RolloutLoop:
         ledger: LedgerFile,
         evaluation: EvaluationLoop,
         on_batch: Callable[[int, list[tuple[Trajectory, float]]], None],
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         assert recipe.ppo is not None
         self.recipe, self.settings, self.tasks = recipe, recipe.ppo, tasks
         self.exchange, self.rollouts, self.rewards = exchange, rollouts, rewards
-        self.ledger, self.evaluation, self.on_batch = ledger, evaluation, on_batch
+        self.ledger, self.evaluation, self.on_batch, self.say = ledger, evaluation, on_batch, say
         self.padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.prompt_tokens = [prompt_ids(tokenizer, item.prompt) for item in tasks.train]
         self.failure: str | None = None
@@ -89,6 +90,7 @@ class RolloutLoop:
         self.gap_limit = max_logprob_gap(recipe)
         self.calls = 0
         self.held: dict[int, list[Any]] = {}  # by call: requests, or trajectories to score
+        self.heard_at: float | None = None  # when learners last published
         self.is_over = False
 
     def run(self) -> None:
@@ -142,6 +144,10 @@ class RolloutLoop:
     def _published(self, published: Published) -> None:
         if published.generation != self.generation:
             return
+        now = time.monotonic()
+        if self.version < 0 and self.heard_at is not None:  # others published before these
+            self.say(f"learners back after {now - self.heard_at:.1f} s")
+        self.heard_at = now
         self.version, self.payload, self.reloads = published.version, published.payload, 0
         self._hand_over()
         self.evaluation.begin(self.version, self.rollouts)

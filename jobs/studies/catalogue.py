@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.studies.study import Claim, RecallTaskSetting, Study, TextTask
+from jobs.studies.study import Claim, PolicyTask, RecallTaskSetting, Study, TextTask
 
 _LONG, _SHORT = "at 2048", "at 128"
 _TRAINED = "at 48"
@@ -108,10 +108,31 @@ PATCHES = Study(
     first="entropy-model",
 )
 
+POLICY = Study(
+    title="Spelling backward by trial and reward",
+    recipe="ppo",
+    task=PolicyTask(),
+    variants={
+        "ppo": ["ppo.algorithm=ppo"],
+        "grpo": ["ppo.algorithm=grpo"],
+        "reinforce": ["ppo.algorithm=reinforce", "ppo.epochs=null"],
+    },
+    claims=[
+        Claim("ppo", "ppo", "after", worse_measure="before", margin=-0.2),
+        Claim("grpo", "grpo", "after", worse_measure="before", margin=-0.2),
+        Claim("ppo", "reinforce", "after"),
+        Claim("grpo", "reinforce", "after"),
+        Claim("ppo", "reinforce", "reward jitter", lower_is_better=True, share=0.5),
+        Claim("ppo", "reinforce", "reward variance", lower_is_better=True, share=0.5),
+    ],
+    lower_is_better=False,
+)
+
 STUDIES: dict[str, Study] = {
     "positions": POSITIONS,
     "memory": MEMORY,
     "recall": RECALL,
     "experts": EXPERTS,
     "patches": PATCHES,
+    "policy": POLICY,
 }

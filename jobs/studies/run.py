@@ -1,7 +1,8 @@
 """``mmada study``: train the variants of one recipe with several seeds, and say what can be told apart.
 
 Each trial is an ordinary training in a process of its own with one thread, without Ray: the models are small, and
-only their comparison counts. Every variant meets the same seeds, so differences are taken seed by seed.
+only their comparison counts. (Trials of reinforcement learning are whole runs, one after the other.) Every variant
+meets the same seeds, so differences are taken seed by seed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.cli import Parser, file_to_write, int_from
-from jobs.recipe import load_recipe
+from jobs.recipe import Recipe, load_recipe
 from jobs.recipe_checks import check
 from jobs.studies.catalogue import STUDIES
 from jobs.studies.intervals import Interval, interval, verdict
-from jobs.studies.study import Claim, Study, TextTask
+from jobs.studies.study import Claim, PolicyTask, Study, TextTask
 from jobs.studies.trial import Trial, run_trial, save_untrained, train_first
 
 Results = dict[str, dict[int, dict[str, float]]]  # variant, seed, measure
@@ -40,7 +41,9 @@ def run(name: str, arguments: list[str]) -> int:
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="set in all variants")
     options = parser.parse_intermixed_args(arguments)  # keys may stand before and behind options
     console = Console(highlight=False, width=110)
-    carry_out(STUDIES[name], options.seeds, options.processes or os.cpu_count() or 1, options, console)
+    study = STUDIES[name]
+    at_once = 1 if isinstance(study.task, PolicyTask) else options.processes or os.cpu_count() or 1
+    carry_out(study, options.seeds, at_once, options, console)
     return 0
 
 
@@ -53,7 +56,7 @@ def carry_out(study: Study, seeds: int, processes: int, options: Any, console: C
         if study.first:
             save_untrained(load_recipe(study.first), first)  # so that what names it can be checked
         for variant in study.variants:
-            check(load_recipe(study.recipe, [*study.overrides(variant, 0, str(first)), *overrides]))
+            check_variant(study, load_recipe(study.recipe, [*study.overrides(variant, 0, str(first)), *overrides]))
         prepared = _prepare(study, overrides, Path(scratch))
         if study.first:
             console.print(f"training {study.first}, which the variants need …")
@@ -68,13 +71,26 @@ def carry_out(study: Study, seeds: int, processes: int, options: Any, console: C
     console.print(results_table(study, results))
     console.print(claims_table(study, results))
     recipe = load_recipe(study.recipe, [*study.common, *overrides])
+    train, ppo = recipe.train, recipe.ppo
+    work = f"{train.steps} steps of {train.global_batch} rows of {train.sequence_length} tokens"
+    if isinstance(study.task, PolicyTask) and ppo is not None:
+        work += f", then {ppo.iterations} iterations of {ppo.prompts_per_iteration} × {ppo.samples_per_prompt} samples"
     console.print(
-        f"recipe {study.recipe}, {recipe.train.steps} steps of {recipe.train.global_batch} rows of "
-        f"{recipe.train.sequence_length} tokens; seeds 0 to {seeds - 1}; mean ± half of the 95 % interval "
+        f"recipe {study.recipe}, {work}; seeds 0 to {seeds - 1}; mean ± half of the 95 % interval "
         f"(Student's t); {minutes:.0f} min with {processes} processes"
     )
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def check_variant(study: Study, recipe: Recipe) -> None:
+    """Raise RecipeError unless the variant can be run."""
+    if not isinstance(study.task, PolicyTask):
+        check(recipe)
+        return
+    from jobs.recipe_checks_ppo import check_ppo, completed
+
+    check_ppo(completed(recipe))
 
 
 def _prepare(study: Study, overrides: list[str], scratch: Path) -> str | None:
@@ -143,10 +159,15 @@ def claims_table(study: Study, results: Results) -> Table:
 def gain_of(study: Study, claim: Claim, results: Results) -> Interval:
     """How much better ``claim.better`` did than ``claim.worse``, seed by seed."""
     better, worse = results[claim.better], results[claim.worse]
-    sign = -1.0 if study.lower_is_better else 1.0
+    is_lower = study.lower_is_better if claim.lower_is_better is None else claim.lower_is_better
+    sign = -1.0 if is_lower else 1.0
     other: Any = claim.worse_measure or claim.measure
-    return interval([sign * (better[s][claim.measure] - worse[s][other]) for s in sorted(better)])
+    return interval([sign * (better[s][claim.measure] - claim.share * worse[s][other]) for s in sorted(better)])
 
 
 def _shown(value: Interval) -> str:
-    return f"{value.mean:.3f} ± {value.half_width:.3f}"
+    return (
+        f"{value.mean:.3g} ± {value.half_width:.2g}"
+        if 0 < abs(value.mean) < 0.01
+        else (f"{value.mean:.3f} ± {value.half_width:.3f}")
+    )

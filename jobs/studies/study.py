@@ -46,11 +46,29 @@ class RecallTaskSetting:
 
 
 @dataclass(frozen=True)
+class PolicyTask:
+    """Reinforcement learning by ``mmada ppo`` from a model that ``mmada train`` has warmed up, once for each seed.
+
+    ``warm_up``: overrides of the warm-up alone. ``reward jitter`` is the variance of a batch's mean reward about its
+    trend, ``gap`` the largest difference between learners' and actors' log-probabilities.
+    """
+
+    warm_up: tuple[str, ...] = ("data.source=tasks",)
+    unit: str = "held-out accuracy before and after"
+
+    def measures(self) -> list[str]:
+        """Names of what is measured."""
+        return ["before", "after", "gain", "minutes", "reward variance", "reward jitter"]
+
+
+@dataclass(frozen=True)
 class Claim:
     """The sources say that ``better`` does better than ``worse`` in ``measure``.
 
     ``worse_measure`` is what ``worse`` is measured by, where that is another. ``margin`` is how much worse ``better``
-    may do and still count as no worse, for claims that something stays as it is.
+    may do and still count as no worse, for claims that something stays as it is; below 0 it must do that much better.
+    ``lower_is_better``: of this measure,
+    where it differs from the study's others. ``share``: of ``worse`` that ``better`` may reach at most.
     """
 
     better: str
@@ -58,10 +76,16 @@ class Claim:
     measure: str
     worse_measure: str | None = None
     margin: float = 0.0
+    lower_is_better: bool | None = None
+    share: float = 1.0
 
     def words(self) -> str:
         """The claim as a line of a table."""
+        if self.share != 1:
+            return f"{self.better} at most {self.share:g} of {self.worse}, {self.measure}"
         other = f"{self.worse} ({self.worse_measure})" if self.worse_measure else self.worse
+        if self.margin < 0:
+            return f"{self.better} ({self.measure}) at least {-self.margin:g} above {other}"
         if self.margin:
             return f"{self.better} ({self.measure}) within {self.margin:g} of {other}"
         return f"{self.better} before {other}, {self.measure}"
@@ -78,7 +102,7 @@ class Study:
 
     title: str
     recipe: str
-    task: TextTask | RecallTaskSetting
+    task: TextTask | RecallTaskSetting | PolicyTask
     variants: Mapping[str, Sequence[str]]
     claims: Sequence[Claim]
     lower_is_better: bool

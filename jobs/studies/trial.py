@@ -11,9 +11,10 @@ import torch
 
 from jobs.bare_loop import BareLoop, text_batches
 from jobs.entropy_model import settle_threshold
-from jobs.model_building import build_model
+from jobs.model_building import build_model, model_config
 from jobs.recipe import Recipe, load_recipe
-from jobs.studies.study import RecallTaskSetting, Study, TextTask
+from jobs.studies.policy import run_policy_trial
+from jobs.studies.study import PolicyTask, RecallTaskSetting, Study, TextTask
 from mmada.data import load_tokenizer, open_prepared
 from mmada.data.recall import RecallTask
 from mmada.model import MMaDAForCausalLM, count_parameters
@@ -47,6 +48,8 @@ def run_trial(trial: Trial) -> dict[str, float]:
     """
     torch.set_num_threads(1)
     study, recipe = trial.study, trial.recipe()
+    if isinstance(study.task, PolicyTask):
+        return {**run_policy_trial(trial), "parameters": float(count_parameters(model_config(recipe))[0])}
     folder = None if trial.prepared is None else Path(trial.prepared)
     loop = BareLoop(recipe, _batches(study.task, recipe, folder))
     if folder is not None:

@@ -1,5 +1,6 @@
 """Ray started and joined for real; each driver is a process of its own, found again by a mark in its environment."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -204,9 +205,11 @@ def running_cluster(tmp_path_factory):
         try:
             head.wait(timeout=30)
         except subprocess.TimeoutExpired:  # Ray's own way of ending is not what is tested here
-            for process in psutil.Process(head.pid).children(recursive=True):
-                process.kill()
-            os.killpg(head.pid, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it may end at this moment
+                for process in psutil.Process(head.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                os.killpg(head.pid, signal.SIGKILL)
             head.wait(timeout=60)
         head.stdout.close()
         left = processes_with(mark, wait_s=10)

@@ -185,6 +185,7 @@ def test_every_part_may_be_killed(undisturbed: tuple[Path, str], folder: Path):
     said = process.communicate()[0]
     assert "rollout actor" in said and "reward actor" in said and "s of its work lost" in said
     assert said.count("replaced after") == 2 and "going on from step-00000002" in said
+    assert "learners back after" in said and "to be done again: " in said
 
     resumed = finish(start(folder, "killed", "run.resume=true"))
     assert "going on from step-00000004" in resumed

@@ -3,15 +3,17 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from jobs import cli
 from jobs.recipe import load_recipe
-from jobs.recipe_checks import check
 from jobs.studies.catalogue import STUDIES
 from jobs.studies.intervals import Interval, interval, verdict
-from jobs.studies.run import gain_of
+from jobs.studies.policy import jitter
+from jobs.studies.run import check_variant, gain_of
+from jobs.studies.study import Claim
 from jobs.studies.trial import save_untrained
 
 
@@ -43,7 +45,7 @@ def test_every_study_can_be_run(name, tmp_path):
     if study.first:
         save_untrained(load_recipe(study.first), first)
     for variant in study.variants:
-        check(load_recipe(study.recipe, study.overrides(variant, 0, str(first))))
+        check_variant(study, load_recipe(study.recipe, study.overrides(variant, 0, str(first))))
     for claim in study.claims:
         assert {claim.better, claim.worse} <= study.variants.keys()
         assert {claim.measure, claim.worse_measure or claim.measure} <= set(study.task.measures())
@@ -90,3 +92,26 @@ def test_what_cannot_be_run_is_refused_in_one_line(arguments, said, capsys):
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_the_jitter_of_rewards_leaves_out_what_was_learned():
+    assert jitter([0.0, 1.0, 2.0, 3.0]) == pytest.approx(0.5)
+    assert jitter([1.0, 1.0, 1.0]) == 0
+    noise = np.random.default_rng(0).normal(0, 0.3, 4000)
+    assert jitter(list(noise + np.linspace(0, 5, 4000))) == pytest.approx(0.09, rel=0.1)
+
+
+def test_a_claim_may_ask_for_a_margin_or_a_share():
+    ahead, calmer = (
+        Claim("a", "a", "after", worse_measure="before", margin=-0.2),
+        Claim("a", "b", "jitter", lower_is_better=True, share=0.5),
+    )
+    assert ahead.words() == "a (after) at least 0.2 above a (before)"
+    assert calmer.words() == "a at most 0.5 of b, jitter"
+    results = {
+        "a": {0: {"after": 0.7, "before": 0.3, "jitter": 1.0}, 1: {"after": 0.7, "before": 0.3, "jitter": 1.0}},
+        "b": {0: {"jitter": 3.0}, 1: {"jitter": 3.0}},
+    }
+    assert gain_of(STUDIES["policy"], calmer, results).mean == pytest.approx(0.5)
+    assert verdict(gain_of(STUDIES["policy"], ahead, results), ahead.margin) == "holds"
+    assert verdict(Interval(0.15, 0.01), ahead.margin) == "goes against it"

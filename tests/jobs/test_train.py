@@ -214,7 +214,7 @@ def test_a_run_whose_text_has_changed_is_not_gone_on_with(tmp_path):
     (recipe.run_dir / "run.json").write_text(json.dumps({"data": "of another text", "mlflow_run_id": "x"}))
     code, out, err = finish(start(tmp_path, *keys, "run.resume=true"))
     assert (code, out) == (2, ""), err
-    assert err.count("\n") == 1 and "data.source=files no longer gives the text" in err and "restore it" in err
+    assert err.count("\n") == 1 and "data.source=files no longer gives what" in err and "restore it" in err
 
 
 def test_a_used_name_is_refused_in_one_line(whole, runs):

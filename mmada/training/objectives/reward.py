@@ -48,7 +48,9 @@ def reward_losses(
     arXiv:2312.09244). A preference between totals says nothing of which component is which, so each is drawn to a
     proxy in [-1, 1] of its own where there is one (NaN where not): the mean over 2 H places, unknown ones counting 0,
     so that a batch's sum does not hang on how its pairs are spread over workers. The confidence of either completion
-    is taught whether the pair was ordered rightly, which no other part has a gradient of.
+    is taught whether the pair was ordered rightly, which no other part has a gradient of. The weights by which the
+    components make up the reward are those of the preferences only where these are drawn as Bradley and Terry say;
+    where the better always wins, weight goes to whatever tells pairs apart best.
     """
     chosen_B, rejected_B = reward_B2.unbind(dim=1)
     ranking = -F.logsigmoid(chosen_B - rejected_B - weights.margin).sum()

@@ -23,7 +23,10 @@ REFUSED = [
         ["ppo.samples_per_prompt=1", "use 2 or more"],
     ),
     (["ppo.algorithm=reinforce", "ppo.epochs=2"], ["ppo.epochs=2", "takes one step"]),
-    (["ppo.algorithm=reinforce", "ppo.max_staleness=1"], ["ppo.max_staleness=1", "use ppo.max_staleness=0"]),
+    (
+        ["ppo.algorithm=reinforce", "ppo.epochs=1", "ppo.max_staleness=1"],
+        ["ppo.max_staleness=1", "use ppo.max_staleness=0"],
+    ),
     (["ppo.kl_target=6", "ppo.kl_coefficient=0"], ["ppo.kl_target=6", "above 0"]),
     (["ppo.kl_target=6", "ppo.algorithm=grpo"], ["ppo.kl_target=6", "ppo.algorithm=grpo", "leave it out"]),
     (["ppo.max_new_tokens=1020"], ["ppo.max_new_tokens=1020", "model.max_position_embeddings=1024"]),

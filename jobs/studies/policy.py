@@ -1,0 +1,70 @@
+"""One trial of a study of reinforcement learning: a warm-up that all variants of a seed share, then ``mmada ppo``.
+
+Both run as a user runs them, with Ray and MLflow, and take the whole machine: trials go one after the other. The runs
+stay where ``run.dir`` is set in the study's overrides, and vanish with the study where it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.progress import read_metrics
+from jobs.studies.study import PolicyTask
+
+if TYPE_CHECKING:
+    from jobs.studies.trial import Trial
+
+
+def run_policy_trial(trial: Trial) -> dict[str, float]:
+    """Warm up if this seed has not been, improve, and measure; every measure of ``PolicyTask`` by name."""
+    assert isinstance(trial.study.task, PolicyTask)
+    folder = runs_folder(trial)
+    warm_up = folder / f"warm-up-{trial.seed}"
+    shared = [*trial.study.common, *trial.overrides, f"run.seed={trial.seed}", f"run.dir={folder}"]
+    if not warm_up.exists():
+        mmada("train", trial.study.recipe, [*shared, *trial.study.task.warm_up, f"run.name={warm_up.name}"])
+    name = f"{trial.variant.replace(' ', '-')}-{trial.seed}"
+    keys = [*trial.study.overrides(trial.variant, trial.seed), *trial.overrides, f"run.dir={folder}"]
+    started = time.perf_counter()
+    mmada("ppo", trial.study.recipe, [*keys, f"ppo.start_from={warm_up}", f"run.name={name}"])
+    minutes = (time.perf_counter() - started) / 60
+    summary = json.loads((folder / name / "summary.json").read_text())
+    rewards = [row["reward"] for row in read_metrics(folder / name, up_to=sys.maxsize)]
+    return {
+        "before": summary["accuracy_before"],
+        "after": summary["accuracy_after"],
+        "gain": summary["accuracy_after"] - summary["accuracy_before"],
+        "minutes": minutes,
+        "reward variance": statistics.pvariance(rewards),
+        "reward jitter": jitter(rewards),
+        "gap": summary["logprob_gap"],
+    }
+
+
+def jitter(rewards: list[float]) -> float:
+    """The variance of a batch's mean reward about its trend: half of the mean squared difference of neighbours.
+
+    The plain variance over all updates counts what was learned as noise (von Neumann 1941).
+    """
+    return statistics.fmean((after - before) ** 2 for before, after in zip(rewards, rewards[1:], strict=False)) / 2
+
+
+def runs_folder(trial: Trial) -> Path:
+    """Where the runs lie: ``run.dir`` of the overrides, or beside what the study keeps for its duration."""
+    named = [each.partition("=")[2] for each in trial.overrides if each.startswith("run.dir=")]
+    return Path(named[-1]).expanduser().resolve() if named else Path(trial.first).parent
+
+
+def mmada(verb: str, recipe: str, keys: list[str]) -> None:
+    """Run a verb in a process of its own. Raises RuntimeError with its last line where it fails."""
+    command = [sys.executable, "-m", "jobs.cli", verb, recipe, *keys]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        raise RuntimeError(f"mmada {verb} {recipe} {' '.join(keys)} failed: {lines[-1] if lines else done.returncode}")
