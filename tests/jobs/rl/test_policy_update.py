@@ -15,7 +15,15 @@ from jobs.rl.experience import Experience
 from jobs.rl.policy_update import PolicyUpdate, learner_engine_settings, num_epochs
 from mmada.actor_critic import ActorCritic
 from mmada.training.advantages import whiten
-from mmada.training.algorithms import ALGORITHMS, AdvantageSettings, Counts, LossSettings, PolicyBatch, ScoredBatch
+from mmada.training.algorithms import (
+    ALGORITHMS,
+    Advantages,
+    AdvantageSettings,
+    Counts,
+    LossSettings,
+    PolicyBatch,
+    ScoredBatch,
+)
 from tests.jobs.rl.experiences import make_experience, small_recipe
 from tests.jobs.workers import run_together
 
@@ -71,39 +79,40 @@ def learned(rank: int, recipes: dict[str, Recipe]) -> dict[str, tuple[list[dict[
     return found
 
 
-def plainly(recipe: Recipe) -> tuple[list[tuple[float, float]], torch.Tensor]:
-    """Mean loss and gradient norm of every iteration in a loop without engine, workers or micro batches."""
-    ppo = recipe.ppo
-    assert ppo is not None
-    model, algorithm = build(recipe), ALGORITHMS[ppo.algorithm]
-    experience = batches(recipe)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0, betas=(recipe.train.beta1, recipe.train.beta2), eps=ppo.adam_epsilon, weight_decay=0
-    )
-    coefficient, curve = ppo.kl_coefficient, []
+class PlainLoop:
+    """Learning without engine, workers or micro batches."""
 
-    def judge(batch: Experience, rows: np.ndarray) -> Any:
+    def __init__(self, recipe: Recipe) -> None:
+        assert recipe.ppo is not None
+        self.seed, self.ppo, self.train = recipe.run.seed, recipe.ppo, recipe.train
+        self.model, self.algorithm = build(recipe), ALGORITHMS[recipe.ppo.algorithm]
+        self.coefficient = recipe.ppo.kl_coefficient
+        betas = (recipe.train.beta1, recipe.train.beta2)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=0, betas=betas, eps=recipe.ppo.adam_epsilon, weight_decay=0
+        )
+
+    def judge(self, batch: Experience, rows: np.ndarray) -> Any:
         lengths = torch.from_numpy((batch.prompt_lengths_N + batch.completion_lengths_N)[rows])
         ids = torch.from_numpy(batch.input_ids_NS[rows])
-        return model(
+        return self.model(
             ids,
             (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
             torch.from_numpy(batch.prompt_lengths_N[rows]),
             batch.logprobs_NC.shape[1],
-            ppo.temperature,
+            self.ppo.temperature,
         )
 
-    for iteration, batch in enumerate(experience):
-        everything = np.arange(len(batch))
+    def learn(self, iteration: int, batch: Experience) -> tuple[float, float]:
+        """Mean loss and gradient norm of an iteration."""
+        ppo, everything = self.ppo, np.arange(len(batch))
         with torch.no_grad():
-            values = judge(batch, everything).values_BC
-        mask = torch.arange(batch.logprobs_NC.shape[1]) < torch.from_numpy(batch.completion_lengths_N)[:, None]
-        reference = torch.from_numpy(batch.reference_logprobs_NC)
+            values = self.judge(batch, everything).values_BC
         scored = ScoredBatch(
             torch.from_numpy(batch.scores_N).float(),
-            mask,
+            torch.arange(batch.logprobs_NC.shape[1]) < torch.from_numpy(batch.completion_lengths_N)[:, None],
             torch.from_numpy(batch.logprobs_NC),
-            reference,
+            torch.from_numpy(batch.reference_logprobs_NC),
             values,
             torch.from_numpy(batch.groups_N),
             torch.from_numpy(batch.is_ended_N),
@@ -111,50 +120,62 @@ def plainly(recipe: Recipe) -> tuple[list[tuple[float, float]], torch.Tensor]:
         settings = AdvantageSettings(
             ppo.gamma, ppo.gae_lambda, ppo.kl_estimator, ppo.whiten_rewards, ppo.missing_end_penalty
         )
-        advantages = algorithm.advantages(scored, settings, coefficient, None)
-        for group in optimizer.param_groups:
+        advantages = self.algorithm.advantages(scored, settings, self.coefficient, None)
+        for group in self.optimizer.param_groups:
             group["lr"] = ppo.learning_rate * (1 - iteration / ppo.iterations)
-        losses, norms = [], []
+        steps = []
         for epoch in range(num_epochs(ppo)):
-            order = np.random.default_rng([recipe.run.seed, iteration, epoch]).permutation(len(batch))
-            chunks = [everything] if algorithm.single_update else np.array_split(order, -(-len(batch) // ppo.minibatch))
-            for rows in chunks:
-                output, own = judge(batch, rows), advantages.advantages_BT[rows]
-                own = whiten(own, mask[rows]) if algorithm.whitens_advantages else own
-                returns = advantages.returns_BT
-                parts = algorithm.loss(
-                    PolicyBatch(
-                        output.logprobs_BC,
-                        scored.logprobs_BT[rows],
-                        own,
-                        mask[rows],
-                        reference[rows],
-                        None if returns is None else returns[rows],
-                        output.values_BC,
-                        None if values is None else values[rows],
-                        output.entropy_BC,
-                    ),
-                    LossSettings(
-                        ppo.clip_epsilon,
-                        ppo.value_clip_epsilon,
-                        ppo.value_coefficient,
-                        ppo.entropy_coefficient,
-                        coefficient,
-                        ppo.max_new_tokens,
-                    ),
-                    Counts.of(mask[rows]),
-                )
-                optimizer.zero_grad()
-                parts.total.backward()
-                norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.clip_grad_norm)))
-                optimizer.step()
-                losses.append(float(parts.total.detach()))
-        curve.append((float(np.mean(losses)), float(np.mean(norms))))
+            order = np.random.default_rng([self.seed, iteration, epoch]).permutation(len(batch))
+            count = -(-len(batch) // ppo.minibatch)
+            for rows in [everything] if self.algorithm.single_update else np.array_split(order, count):
+                steps.append(self.step(batch, scored, advantages, rows))
         if ppo.kl_target is not None:
             error = min(max(float(advantages.kl_B.mean()) / ppo.kl_target - 1, -0.2), 0.2)
-            coefficient *= 1 + error * len(batch) / ppo.kl_horizon
+            self.coefficient *= 1 + error * len(batch) / ppo.kl_horizon
+        loss, norm = np.mean(steps, axis=0)
+        return float(loss), float(norm)
+
+    def step(self, batch: Experience, scored: ScoredBatch, advantages: Advantages, rows: np.ndarray) -> Any:
+        """Loss and gradient norm of one optimizer step."""
+        ppo, mask = self.ppo, scored.mask_BT
+        output, own = self.judge(batch, rows), advantages.advantages_BT[rows]
+        returns, values, reference = advantages.returns_BT, scored.values_BT, scored.reference_logprobs_BT
+        assert reference is not None
+        parts = self.algorithm.loss(
+            PolicyBatch(
+                output.logprobs_BC,
+                scored.logprobs_BT[rows],
+                whiten(own, mask[rows]) if self.algorithm.whitens_advantages else own,
+                mask[rows],
+                reference[rows],
+                None if returns is None else returns[rows],
+                output.values_BC,
+                None if values is None else values[rows],
+                output.entropy_BC,
+            ),
+            LossSettings(
+                ppo.clip_epsilon,
+                ppo.value_clip_epsilon,
+                ppo.value_coefficient,
+                ppo.entropy_coefficient,
+                self.coefficient,
+                ppo.max_new_tokens,
+            ),
+            Counts.of(mask[rows]),
+        )
+        self.optimizer.zero_grad()
+        parts.total.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_grad_norm))
+        self.optimizer.step()
+        return float(parts.total.detach()), norm
+
+
+def plainly(recipe: Recipe) -> tuple[list[tuple[float, float]], torch.Tensor]:
+    """Mean loss and gradient norm of every iteration, and what the policy then says of the first batch."""
+    loop, experience = PlainLoop(recipe), batches(recipe)
+    curve = [loop.learn(iteration, batch) for iteration, batch in enumerate(experience)]
     with torch.no_grad():
-        return curve, judge(experience[0], np.arange(len(experience[0]))).logprobs_BC
+        return curve, loop.judge(experience[0], np.arange(len(experience[0]))).logprobs_BC
 
 
 @pytest.fixture(scope="module")
