@@ -23,8 +23,8 @@ from jobs.checkpoint_folder import holds_reward_model, model_folder, recipe_of
 from jobs.driver import shown_path
 from jobs.evaluation import bits_per_byte
 from jobs.evaluation_tasks import Answer, EvaluationResult, accuracy_of, held_out_accuracy, score_of
-from jobs.objective import Place
-from jobs.objective_reward import held_out_metrics, judge, preferences
+from jobs.objectives.objective import Place
+from jobs.objectives.reward import held_out_metrics, judge, preferences
 from jobs.plan_report import table_of
 from jobs.prepared_data import text_source
 from jobs.quiet_transformers import quiet_transformers

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.objective import Place
+from jobs.objectives.objective import Place
 from mmada.data import IGNORE_INDEX
 
 

@@ -56,7 +56,7 @@ def check_threshold(recipe: Recipe, config: MMaDAConfig) -> None:
 def check_start(recipe: Recipe, config: MMaDAConfig) -> None:
     """``train.start_from`` fits the model. Raises RecipeError."""
     if recipe.train.start_from is not None:
-        from jobs.objectives import objective_class
+        from jobs.objectives.registry import objective_class
         from jobs.start_weights import check_start_weights
 
         check_start_weights(recipe, objective_class(recipe).model_class, config)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.driver import Driver, RunRecord, only_cpus, start
-from jobs.objective import Objective
-from jobs.objectives import prepare_objective
+from jobs.objectives.objective import Objective
+from jobs.objectives.registry import prepare_objective
 from jobs.recipe import Recipe
 
 

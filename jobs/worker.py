@@ -21,17 +21,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.checkpoints import CheckpointStore
-from cluster.engine import Engine, EngineSettings
+from cluster.engine import Engine
 from cluster.errors import ClusterError
 from jobs.checkpointing import Resume, find_resume, restore, save
-from jobs.objective import Place, StepResult
-from jobs.objectives import open_objective
+from jobs.engine_settings import training_settings
+from jobs.objectives.objective import Place, StepResult
+from jobs.objectives.registry import open_objective
 from jobs.progress import Progress
 from jobs.recipe import Recipe
 from jobs.start_weights import load_start, start_folder
 from mmada.data import global_batch_indices, rank_slice, sample_ids
-from mmada.nn.experts import expert_ffn_sorted
-from mmada.pretrained import TrainableModel
 from mmada.training.schedules import warmup_cosine
 
 
@@ -60,28 +59,6 @@ def write_output_to(log: Path) -> None:
     os.close(descriptor)
 
 
-def engine_settings(recipe: Recipe, model: TrainableModel) -> EngineSettings:
-    """The engine's share of a recipe, and what it must know of the model."""
-    train, cluster = recipe.train, recipe.cluster
-    micro_batch = train.micro_batch or train.global_batch // cluster.workers
-    return EngineSettings(
-        zero_stage=train.zero_stage,
-        precision=train.precision,
-        micro_batch=micro_batch,
-        accumulation=train.global_batch // (cluster.workers * micro_batch),
-        clip_grad_norm=train.clip_grad_norm,
-        learning_rate=train.learning_rate,
-        betas=(train.beta1, train.beta2),
-        epsilon=train.epsilon,
-        weight_decay=train.weight_decay,
-        offload_optimizer=train.offload_optimizer,
-        expert_parallel=cluster.expert_parallel,
-        expert_layout=model.expert_parallel_layout(),
-        gathered_whole=model.gathered_whole,
-        expert_ffn=expert_ffn_sorted,
-    )
-
-
 class TrainingWorker:
     """One rank of a training run. Every method is called by all ranks together.
 
@@ -102,7 +79,7 @@ class TrainingWorker:
         self.objective = open_objective(recipe, prepared)
         self.place = Place(self.rank, self.world, device, self._sum)
         self.model = self.objective.build_model().to(self.device)
-        self.settings = engine_settings(recipe, self.model)
+        self.settings = training_settings(recipe, self.model)
         self.store = CheckpointStore(run_dir / "checkpoints", keep=recipe.train.keep_checkpoints)
         self.progress = Progress(self.rank, self.world, run_dir, device, report)
 

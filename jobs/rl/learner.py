@@ -23,12 +23,13 @@ from cluster.engine import Engine
 from cluster.exchange import Exchange, Stopped
 from cluster.weights import pack, publish
 from jobs.checkpointing import Resume, find_resume, restore, save
+from jobs.engine_settings import policy_settings
 from jobs.progress import Progress
 from jobs.recipe import Recipe
 from jobs.rl import ledger
 from jobs.rl.experience import Experience
 from jobs.rl.logprob_gap import gap_message, max_logprob_gap
-from jobs.rl.policy_update import PolicyUpdate, learner_engine_settings
+from jobs.rl.policy_update import PolicyUpdate
 from jobs.rl.rollout_worker import REFERENCE
 from jobs.worker import write_output_to
 from mmada.actor_critic import POLICY, ActorCritic
@@ -65,7 +66,7 @@ class Learner:
         self.device, self.exchange = device, exchange
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         self.model = build_actor_critic(recipe, run_dir / REFERENCE).to(device)
-        engine_settings = learner_engine_settings(recipe, self.model)
+        settings = policy_settings(recipe, self.model)
         self.store = CheckpointStore(run_dir / "checkpoints", keep=recipe.train.keep_checkpoints)
         self.progress = Progress(self.rank, self.world, run_dir, device, report)
         self.trained = ledger.LedgerFile(run_dir / ledger.LEARNER_FILE) if self.rank == 0 else None
@@ -73,10 +74,10 @@ class Learner:
         found: list[Any] = [None]
         if self.rank == 0:
             self.store.discard_partials()
-            found[0] = find_resume(self.store, engine_settings, self.world, run_dir)
+            found[0] = find_resume(self.store, settings, self.world, run_dir)
         dist.broadcast_object_list(found, src=0)
         resume: Resume | None = found[0]
-        self.engine = Engine(self.model, engine_settings)
+        self.engine = Engine(self.model, settings)
         self.update = PolicyUpdate(recipe, self.engine, device)
         torch.manual_seed(recipe.run.seed + 1 + self.rank)
         self.start = self._resume(resume) if resume is not None else 0

@@ -16,13 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.engine import Engine, EngineSettings
+from cluster.engine import Engine
 from jobs.recipe import Recipe
 from jobs.recipe_schema_rl import PPOSection
 from jobs.rl.experience import Experience
 from jobs.rl.rollout_worker import Probe
-from mmada.actor_critic import ActorCritic, ActorCriticOutput
-from mmada.nn.experts import expert_ffn_sorted
+from mmada.actor_critic import ActorCriticOutput
 from mmada.training.advantages import explained_variance, whiten
 from mmada.training.algorithms import (
     ALGORITHMS,
@@ -37,36 +36,6 @@ from mmada.training.algorithms import (
 from mmada.training.kl import AdaptiveKL, FixedKL
 
 _PROBE_ROWS = 4  # of the last batch, scored by both sides at every publication
-
-
-def learner_engine_settings(recipe: Recipe, model: ActorCritic) -> EngineSettings:
-    """The engine's share of a recipe, and what it must know of the model."""
-    ppo, train, cluster = recipe.ppo, recipe.train, recipe.cluster
-    assert ppo is not None
-    share = minibatch_size(ppo) // cluster.workers
-    micro_batch = ppo.micro_batch or share
-    return EngineSettings(
-        zero_stage=train.zero_stage,
-        precision=train.precision,
-        micro_batch=micro_batch,
-        accumulation=share // micro_batch,
-        clip_grad_norm=train.clip_grad_norm,
-        learning_rate=ppo.learning_rate,
-        betas=(train.beta1, train.beta2),
-        epsilon=ppo.adam_epsilon,
-        weight_decay=ppo.weight_decay,
-        offload_optimizer=train.offload_optimizer,
-        expert_parallel=cluster.expert_parallel,
-        expert_layout=model.expert_parallel_layout(),
-        gathered_whole=model.gathered_whole,
-        expert_ffn=expert_ffn_sorted,
-    )
-
-
-def minibatch_size(ppo: PPOSection) -> int:
-    """Trajectories of one optimizer step: all of a batch where the algorithm takes one step alone."""
-    single = ALGORITHMS[ppo.algorithm].single_update
-    return ppo.prompts_per_iteration * ppo.samples_per_prompt if single else ppo.minibatch
 
 
 def num_epochs(ppo: PPOSection) -> int:

@@ -81,7 +81,7 @@ class Batch(Generic[S]):
         self._unfed = deque(index for index in order if samples[index])
         self._waiting: deque[Waiting[S]] = deque()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self) -> None:
         """Decode until every sample has ended."""
         rows: list[S] = []

@@ -162,7 +162,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(trained, monkeypatch, c
 @pytest.fixture(scope="module")
 def oracle() -> MMaDAForCausalLM:
     """A model that was shown the answers until it knew them."""
-    from jobs.objective_tasks import TaskRows
+    from jobs.objectives.tasks import TaskRows
     from mmada.presets import build_config
 
     torch.manual_seed(0)

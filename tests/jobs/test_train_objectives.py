@@ -6,7 +6,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from jobs.objectives import prepare_objective
+from jobs.objectives.registry import prepare_objective
 from jobs.recipe import load_recipe
 from tests.jobs.test_train import finish, start
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from cluster.weights import pack
+from jobs.engine_settings import policy_settings
 from jobs.recipe import Recipe
 from jobs.rl.experience import Experience, collect
-from jobs.rl.policy_update import PolicyUpdate, learner_engine_settings
+from jobs.rl.policy_update import PolicyUpdate
 from jobs.rl.rollout_loop import sample_seeds
 from jobs.rl.rollout_worker import REFERENCE, Request, RolloutWorker
 from mmada.actor_critic import POLICY, ActorCritic
@@ -48,7 +49,7 @@ def gaps(rank: int, recipe: Recipe, names: list[str], run_dir: Path) -> dict[str
         model = ActorCritic(make_mixture(name, torch.float32), "shared")
         model.policy.save_pretrained(folder / REFERENCE)
         actor = RolloutWorker(recipe.model_dump(), str(folder), threads=1)
-        update = PolicyUpdate(recipe, Engine(model, learner_engine_settings(recipe, model)), torch.device("cpu"))
+        update = PolicyUpdate(recipe, Engine(model, policy_settings(recipe, model)), torch.device("cpu"))
         found[name] = []
         probe = None
         for iteration in range(ITERATIONS):
@@ -73,7 +74,7 @@ def stale(rank: int, recipe: Recipe, run_dir: Path) -> tuple[float, float]:
     model = ActorCritic(make_mixture("attention", torch.float32), "shared")
     model.policy.save_pretrained(run_dir / REFERENCE)
     actor = RolloutWorker(recipe.model_dump(), str(run_dir), threads=1)
-    update = PolicyUpdate(recipe, Engine(model, learner_engine_settings(recipe, model)), torch.device("cpu"))
+    update = PolicyUpdate(recipe, Engine(model, policy_settings(recipe, model)), torch.device("cpu"))
     old = [(key, each.detach().clone()) for key, each in model.policy.named_parameters()]
     actor.take_up(0, pack(old, 0), None)
     batch = sampled(actor, ByteTokenizer(), 0)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.engine_settings import policy_settings
 from jobs.model_building import build_model
 from jobs.recipe import Recipe
 from jobs.rl.experience import Experience
-from jobs.rl.policy_update import PolicyUpdate, learner_engine_settings, num_epochs
+from jobs.rl.policy_update import PolicyUpdate, num_epochs
 from mmada.actor_critic import ActorCritic
 from mmada.training.advantages import whiten
 from mmada.training.algorithms import (
@@ -72,7 +73,7 @@ def learned(rank: int, recipes: dict[str, Recipe]) -> dict[str, tuple[list[dict[
     found = {}
     for name, recipe in recipes.items():
         model = build(recipe)
-        update = PolicyUpdate(recipe, Engine(model, learner_engine_settings(recipe, model)), torch.device("cpu"))
+        update = PolicyUpdate(recipe, Engine(model, policy_settings(recipe, model)), torch.device("cpu"))
         experience = batches(recipe)
         metrics = [update.learn(iteration, batch) for iteration, batch in enumerate(experience)]
         found[name] = metrics, update.judge(experience[0]).logprobs_BC.numpy()

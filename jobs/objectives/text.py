@@ -12,7 +12,7 @@ from torch import Tensor
 from jobs.entropy_model import settle_threshold
 from jobs.evaluation import bits_per_byte
 from jobs.model_building import build_model
-from jobs.objective import Objective, Place, StepResult, router_metrics
+from jobs.objectives.objective import Objective, Place, StepResult, router_metrics
 from jobs.prepared_data import cache_dir, text_source
 from jobs.recipe import Recipe
 from mmada.data import IGNORE_INDEX, PackedRows, PreparedText, load_tokenizer, open_prepared, prepare

@@ -12,8 +12,8 @@ from jobs.entropy_model import settle_saved_threshold
 from jobs.evaluation import bits_per_byte
 from jobs.evaluation_tasks import held_out_accuracy
 from jobs.model_building import build_model
-from jobs.objective import Objective, Place, StepResult
-from jobs.objective_text import language_model_step, num_targets
+from jobs.objectives.objective import Objective, Place, StepResult
+from jobs.objectives.text import language_model_step, num_targets
 from jobs.recipe import Recipe
 from jobs.task_source import load_recipe_tasks
 from mmada.data import load_tokenizer

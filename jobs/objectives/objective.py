@@ -1,7 +1,7 @@
 """What a run learns: one object, made from the recipe, that the driver and every worker ask.
 
-``jobs.objectives`` has the table of them. The driver's is made with the data prepared and checked, a worker's opens
-what was prepared. Nothing here loads DeepSpeed, which the driver does not.
+``jobs.objectives.registry`` has the table of them. The driver's is made with the data prepared and checked, a worker's
+opens what was prepared. Nothing here loads DeepSpeed, which the driver does not.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class StepResult:
 
 
 class Objective(ABC):
-    """One entry of ``jobs.objectives``. Attributes:
+    """One entry of ``jobs.objectives.registry``. Attributes:
 
     model_class: what is trained.
     held_out_metric: the metric of ``evaluate`` that tells how well it goes; the driver shows it and draws its curve.

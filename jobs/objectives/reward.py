@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jobs.entropy_model import settle_saved_threshold
 from jobs.model_building import build_model_of
-from jobs.objective import Objective, Place, StepResult, router_metrics
+from jobs.objectives.objective import Objective, Place, StepResult, router_metrics
 from jobs.recipe import Recipe
 from jobs.studies.intervals import wilson
 from jobs.task_source import load_recipe_tasks

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.objective import Objective
-from jobs.objective_reward import RewardObjective
-from jobs.objective_tasks import TaskObjective
-from jobs.objective_text import TextObjective
+from jobs.objectives.objective import Objective
+from jobs.objectives.reward import RewardObjective
+from jobs.objectives.tasks import TaskObjective
+from jobs.objectives.text import TextObjective
 from jobs.recipe import Recipe
 
 OBJECTIVES: dict[tuple[str, str], type[Objective]] = {

@@ -1,0 +1,71 @@
+"""A recipe's share of what the engine is told, for each kind of learning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.engine import EngineSettings
+from jobs.recipe import Recipe
+from jobs.recipe_schema_rl import PPOSection
+from mmada.actor_critic import ActorCritic
+from mmada.nn.experts import expert_ffn_sorted
+from mmada.pretrained import TrainableModel
+from mmada.training.algorithms import ALGORITHMS
+
+
+def training_settings(recipe: Recipe, model: TrainableModel) -> EngineSettings:
+    """For ``mmada train``."""
+    train = recipe.train
+    rows = train.global_batch // recipe.cluster.workers
+    return _settings(
+        recipe,
+        model,
+        rows,
+        train.micro_batch or rows,
+        learning_rate=train.learning_rate,
+        epsilon=train.epsilon,
+        weight_decay=train.weight_decay,
+    )
+
+
+def policy_settings(recipe: Recipe, model: ActorCritic) -> EngineSettings:
+    """For ``mmada ppo``."""
+    ppo = recipe.ppo
+    assert ppo is not None
+    rows = minibatch_size(ppo) // recipe.cluster.workers
+    return _settings(
+        recipe,
+        model,
+        rows,
+        ppo.micro_batch or rows,
+        learning_rate=ppo.learning_rate,
+        epsilon=ppo.adam_epsilon,
+        weight_decay=ppo.weight_decay,
+    )
+
+
+def minibatch_size(ppo: PPOSection) -> int:
+    """Trajectories of one optimizer step: all of a batch where the algorithm takes one step alone."""
+    single = ALGORITHMS[ppo.algorithm].single_update
+    return ppo.prompts_per_iteration * ppo.samples_per_prompt if single else ppo.minibatch
+
+
+def _settings(
+    recipe: Recipe, model: TrainableModel | ActorCritic, rows: int, micro_batch: int, **optimizer: Any
+) -> EngineSettings:
+    """``rows``: of one optimizer step on one worker."""
+    train, cluster = recipe.train, recipe.cluster
+    return EngineSettings(
+        zero_stage=train.zero_stage,
+        precision=train.precision,
+        micro_batch=micro_batch,
+        accumulation=rows // micro_batch,
+        clip_grad_norm=train.clip_grad_norm,
+        betas=(train.beta1, train.beta2),
+        offload_optimizer=train.offload_optimizer,
+        expert_parallel=cluster.expert_parallel,
+        expert_layout=model.expert_parallel_layout(),
+        gathered_whole=model.gathered_whole,
+        expert_ffn=expert_ffn_sorted,
+        **optimizer,
+    )
