@@ -45,12 +45,13 @@ class TasksSection(Section):
 class RewardPart(Section):
     """One source of reward."""
 
-    kind: Literal["task", "function", "model", "http"]
-    """``task``: how well the answer solves the problem; ``function``: Python's ``module:function``; ``model``: a
-    learned reward model; ``http``: an endpoint."""
+    kind: Literal["task", "solved", "function", "model", "http"]
+    """``task``: how well the answer solves the problem, by its family's scorer, which may give partial marks;
+    ``solved``: 1 for full marks, else 0; ``function``: Python's ``module:function``; ``model``: a learned reward
+    model; ``http``: an endpoint."""
 
     name: Name | None = None
-    """``module:function``, a reward model's folder, or a URL; none for ``task``."""
+    """``module:function``, a reward model's folder, or a URL; none for ``task`` and ``solved``."""
 
     weight: float = 1.0
     """Its share in the sum."""

@@ -28,7 +28,8 @@ from mmada.training.rewards import (
 if TYPE_CHECKING:
     from mmada.data.tasks import TaskSet
 
-KINDS = ("task", "function", "model", "http")
+KINDS = ("task", "solved", "function", "model", "http")
+_OF_TASKS = ("task", "solved")
 
 
 class RewardSource(Protocol):
@@ -42,11 +43,12 @@ class RewardSource(Protocol):
 
 
 class TaskReward:
-    """The family's own scorer, 0 to 1 (``mmada.data.tasks``)."""
+    """The family's own scorer, 0 to 1 (``mmada.data.tasks``); ``full_marks_only``: 1 for full marks, else 0."""
 
-    def __init__(self, tasks: TaskSet) -> None:
-        self.name = "task"
+    def __init__(self, tasks: TaskSet, full_marks_only: bool = False) -> None:
+        self.name = "solved" if full_marks_only else "task"
         self._tasks = tasks
+        self._full_marks_only = full_marks_only
 
     def score(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
         """See ``RewardSource``."""
@@ -54,6 +56,8 @@ class TaskReward:
 
     def _call(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
         values = [self._tasks.score(sample.item, sample.completion) for sample in samples]
+        if self._full_marks_only:
+            values = [float(value >= 1) for value in values]
         return check_values(values, len(samples), self.name)
 
 
@@ -196,11 +200,11 @@ def check_parts(parts: Sequence[Mapping[str, Any]], has_tasks: bool = True) -> N
             raise DataError(f"{field}.kind={kind} is unknown; use one of {', '.join(KINDS)}")
         if not math.isfinite(part.get("weight", 1.0)):
             raise DataError(f"{field}.weight={part['weight']} is not finite; use a number")
-        if kind == "task" and name is not None:
-            raise DataError(f"{field}.name={name} has no meaning with kind: task; remove it")
-        if kind == "task" and not has_tasks:
-            raise DataError(f"{field}.kind=task has no tasks to score; add the section tasks, or use another kind")
-        if kind != "task" and not name:
+        if kind in _OF_TASKS and name is not None:
+            raise DataError(f"{field}.name={name} has no meaning with kind: {kind}; remove it")
+        if kind in _OF_TASKS and not has_tasks:
+            raise DataError(f"{field}.kind={kind} has no tasks to score; add the section tasks, or use another kind")
+        if kind not in _OF_TASKS and not name:
             wanted = {"function": "module:function", "model": "a reward model's folder", "http": "a URL"}[kind]
             raise DataError(f"{field}.name is missing; give {wanted}")
         if kind == "function":
@@ -264,9 +268,9 @@ def import_function(path: str, field: str) -> Callable[..., Any]:
 
 def _source(part: Mapping[str, Any], field: str, tasks: TaskSet | None, timeout: float) -> RewardSource:
     kind, name = part["kind"], str(part.get("name"))
-    if kind == "task":
+    if kind in _OF_TASKS:
         assert tasks is not None
-        return TaskReward(tasks)
+        return TaskReward(tasks, full_marks_only=kind == "solved")
     if kind == "function":
         return FunctionReward(name, f"{field}.name")
     if kind == "http":

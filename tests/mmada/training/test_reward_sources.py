@@ -226,6 +226,17 @@ def test_parts_are_weighted_summed_and_named(module: str):
         assert result.seconds > 0
 
 
+def test_solved_is_one_for_full_marks_and_else_nothing():
+    tasks = load_tasks(TaskSource("spell_backward", size=2, held_out=0, config={"min_word_len": 4, "max_word_len": 4}))
+    item = tasks.train[0]
+    answer = str(item.answer)
+    samples = [RewardSample(item, answer), RewardSample(item, answer[:3] + "?"), RewardSample(item, "")]
+    partly, solved = (build_reward([{"kind": kind}], tasks).score(samples) for kind in ("task", "solved"))
+    assert 0 < partly[1].value < 1
+    assert [result.value for result in solved] == [1, 0, 0]
+    assert solved[0].components == {"solved": 1}
+
+
 def test_a_sample_that_one_part_cannot_score_has_no_reward(module: str):
     samples = [SAMPLES[0], RewardSample(TASKS.train[1], "poison")]
     good, bad = WeightedReward([(TaskReward(TASKS), 1.0), (FunctionReward(f"{module}:poisoned"), 0.0)]).score(samples)
@@ -237,6 +248,7 @@ def test_a_sample_that_one_part_cannot_score_has_no_reward(module: str):
     [
         ({"kind": "oracle"}, "kind=oracle is unknown"),
         ({"kind": "task", "name": "x"}, "name=x has no meaning"),
+        ({"kind": "solved", "name": "x"}, "name=x has no meaning with kind: solved"),
         ({"kind": "task", "weight": float("nan")}, "weight=nan is not finite"),
         ({"kind": "function"}, "name is missing; give module:function"),
         ({"kind": "function", "name": "length"}, "names no function; write module:function"),
