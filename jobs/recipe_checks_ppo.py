@@ -92,6 +92,10 @@ def check_algorithm(ppo: PPOSection) -> None:
             f"ppo.samples_per_prompt={ppo.samples_per_prompt} leaves ppo.algorithm={ppo.algorithm} nothing to compare; "
             "use 2 or more"
         )
+    if ppo.warmup_iterations > ppo.iterations:
+        raise RecipeError(
+            f"ppo.warmup_iterations={ppo.warmup_iterations} is more than ppo.iterations={ppo.iterations}; use less"
+        )
     if algorithm.single_update and ppo.epochs not in (None, 1):
         raise RecipeError(
             f"ppo.epochs={ppo.epochs} does not go with ppo.algorithm={ppo.algorithm}, which takes one step on a batch; "

@@ -108,10 +108,13 @@ class PPOSection(Section):
     """Completions that one worker takes through one backward pass; null: its whole share of the minibatch."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """The policy's learning rate at the first iteration."""
+    """The policy's highest learning rate."""
+
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    """Iterations over which the learning rate rises to it in a straight line: Adam's first steps are large."""
 
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The learning rate falls in a straight line to this share of it."""
+    """From then on the learning rate falls in a straight line to this share of it."""
 
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     """AdamW's guard against division by zero."""

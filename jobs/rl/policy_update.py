@@ -43,6 +43,15 @@ def num_epochs(ppo: PPOSection) -> int:
     return ppo.epochs or (4 if ppo.algorithm == "ppo" else 1)
 
 
+def learning_rate_at(ppo: PPOSection, iteration: int) -> float:
+    """A straight line up to ``ppo.learning_rate``, and one down to its share at the end."""
+    rising = ppo.warmup_iterations
+    if iteration < rising:
+        return ppo.learning_rate * (iteration + 1) / rising
+    left, low = (ppo.iterations - iteration) / (ppo.iterations - rising), ppo.min_learning_rate_ratio
+    return ppo.learning_rate * (low + (1 - low) * left)
+
+
 def kl_controller(ppo: PPOSection) -> FixedKL | AdaptiveKL:
     """What sets the price of leaving the reference."""
     if ppo.kl_target is None:
@@ -79,7 +88,7 @@ class PolicyUpdate:
             values_NC, gap = judged.values_BC, _largest_gap(iteration, batch, judged.logprobs_BC)
         scored = _scored(batch, values_NC)
         advantages = self.algorithm.advantages(scored, self._advantage_settings(), self.kl.coefficient, None)
-        learning_rate = self._learning_rate(iteration)
+        learning_rate = learning_rate_at(self.settings, iteration)
         steps = [
             self._update(iteration, batch, scored, advantages, rows, learning_rate)
             for epoch in range(num_epochs(self.settings))
@@ -223,12 +232,6 @@ class PolicyUpdate:
             kl_coefficient=self.kl.coefficient,
             max_completion_tokens=own.max_new_tokens,
         )
-
-    def _learning_rate(self, iteration: int) -> float:
-        """A straight line from ``ppo.learning_rate`` to its share at the end."""
-        left = 1 - iteration / self.settings.iterations
-        low = self.settings.min_learning_rate_ratio
-        return self.settings.learning_rate * (low + (1 - low) * left)
 
     def _over_workers(self, value: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         if self.world > 1:

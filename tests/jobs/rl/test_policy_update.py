@@ -13,7 +13,7 @@ from jobs.engine_settings import policy_settings
 from jobs.model_building import build_model
 from jobs.recipe import Recipe
 from jobs.rl.experience import Experience
-from jobs.rl.policy_update import PolicyUpdate, num_epochs
+from jobs.rl.policy_update import PolicyUpdate, learning_rate_at, num_epochs
 from mmada.actor_critic import ActorCritic
 from mmada.training.advantages import whiten
 from mmada.training.algorithms import (
@@ -78,6 +78,17 @@ def learned(rank: int, recipes: dict[str, Recipe]) -> dict[str, tuple[list[dict[
         metrics = [update.learn(iteration, batch) for iteration, batch in enumerate(experience)]
         found[name] = metrics, update.judge(experience[0]).logprobs_BC.numpy()
     return found
+
+
+def test_the_learning_rate_rises_and_falls_in_straight_lines():
+    keys = {"ppo.iterations": 6, "ppo.learning_rate": 8.0, "ppo.min_learning_rate_ratio": 0.5}
+    plain = small_recipe(keys).ppo
+    assert plain is not None
+    ppo = plain.model_copy(update={"warmup_iterations": 2})
+    assert [learning_rate_at(ppo, i) for i in range(7)] == [4, 8, 8, 7, 6, 5, 4]
+    assert [learning_rate_at(plain, i) for i in (0, 3, 6)] == [8, 6, 4]
+    only_rising = ppo.model_copy(update={"warmup_iterations": 6})
+    assert [learning_rate_at(only_rising, i) for i in (2, 5)] == [4, 8]
 
 
 class PlainLoop:
