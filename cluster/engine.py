@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cluster.errors import ClusterError
 from cluster.expert_names import DOWN, GATE, UP, ExpertNames
-from cluster.parameter_groups import parameter_groups
+from cluster.parameter_groups import FACTOR, parameter_groups
 
 # Elements that DeepSpeed gathers before it reduces gradients; its own default of 5e8 takes 2 GB in float32.
 REDUCE_BUCKET_SIZE = 50_000_000
@@ -44,6 +44,8 @@ class EngineSettings:
     betas: tuple[float, float]
     epsilon: float
     weight_decay: float
+    # Pairs of a regular expression and what the learning rate of parameters whose names hold it is multiplied with.
+    learning_rate_factors: tuple[tuple[str, float], ...] = ()
     offload_optimizer: bool = False
     expert_parallel: int = 1
     expert_layout: dict[str, Any] | None = None
@@ -111,9 +113,8 @@ class Engine:
             if type(module).__name__ in settings.gathered_whole:
                 set_z3_leaf_module(module, True)
         config = settings.deepspeed_config()
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, model_parameters=parameter_groups(model, settings.weight_decay), config=config
-        )
+        groups = parameter_groups(model, settings.weight_decay, settings.learning_rate_factors)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         if settings.expert_parallel > 1 and settings.expert_ffn is not None and not torch.cuda.is_available():
             for module in model.modules():
                 if isinstance(module, GroupedExperts):
@@ -133,7 +134,7 @@ class Engine:
     def step(self, learning_rate: float) -> None:
         """After each ``backward``: at the last micro batch, clip, step and clear; at the others, nothing."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(FACTOR, 1.0)
         if self._is_plain and self._engine.is_gradient_accumulation_boundary():
             norms = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
             self._gradient_norm = float(torch.stack(norms).norm())

@@ -1,26 +1,40 @@
-"""Which parameters the optimizer decays."""
+"""Which parameters the optimizer decays, and which learn faster or slower than others."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+FACTOR = "learning_rate_factor"  # of a group, on the learning rate of a step
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, factors: Sequence[tuple[str, float]] = ()
+) -> list[dict[str, Any]]:
     """Matrices decay; vectors (norms, biases) do not, as everywhere since GPT-2.
 
     Nor does a parameter that carries ``_no_weight_decay``, as the decay rates of state spaces do (Mamba's convention).
-    Parameters without gradient are left out.
+    Parameters without gradient are left out. ``factors``: pairs of a regular expression and the factor of those whose
+    names it is found in; the first that is found counts, 1 where none is.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decays = [p.dim() >= 2 and not getattr(p, "_no_weight_decay", False) for p in trained]
-    groups = [
-        {
-            "name": "matrices",
-            "params": [p for p, d in zip(trained, decays, strict=True) if d],
-            "weight_decay": weight_decay,
-        },
-        {"name": "vectors", "params": [p for p, d in zip(trained, decays, strict=True) if not d], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.dim() >= 2 and not getattr(parameter, "_no_weight_decay", False)
+        factor = next((factor for pattern, factor in factors if re.search(pattern, name)), 1.0)
+        kind = "matrices" if decays else "vectors"
+        group = groups.setdefault(
+            (not decays, factor),
+            {
+                "name": kind if factor == 1 else f"{kind} at {factor:g}",
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                FACTOR: factor,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.engine import EngineSettings
 from jobs.recipe import Recipe
 from jobs.recipe_schema_rl import PPOSection
-from mmada.actor_critic import ActorCritic
+from mmada.actor_critic import CRITIC, ActorCritic
 from mmada.nn.experts import expert_ffn_sorted
 from mmada.pretrained import TrainableModel
 from mmada.training.algorithms import ALGORITHMS
@@ -41,6 +41,7 @@ def policy_settings(recipe: Recipe, model: ActorCritic) -> EngineSettings:
         learning_rate=ppo.learning_rate,
         epsilon=ppo.adam_epsilon,
         weight_decay=ppo.weight_decay,
+        learning_rate_factors=((CRITIC, ppo.value_learning_rate_factor),),
     )
 
 

@@ -149,6 +149,9 @@ class PPOSection(Section):
     value_network: Literal["shared", "separate"] = "shared"
     """A value head on the policy's own layers, or a network of its own (``ppo`` only)."""
 
+    value_learning_rate_factor: Annotated[float, Field(gt=0)] = 1.0
+    """How many times as fast as the policy the critic learns: its head, and its own network where it has one."""
+
     value_coefficient: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the value's squared error in the loss."""
 

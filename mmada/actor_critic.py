@@ -16,6 +16,7 @@ from mmada.config import MMaDAConfig
 from mmada.model import MMaDAForCausalLM
 
 POLICY = "policy."  # how the policy's own parameters begin in an ActorCritic
+CRITIC = r"^(value_head|critic)\."  # what the names of the critic's look like
 
 
 @dataclass

@@ -108,24 +108,39 @@ PATCHES = Study(
     first="entropy-model",
 )
 
-POLICY = Study(
-    title="Spelling backward by trial and reward",
-    recipe="ppo",
-    task=PolicyTask(),
-    variants={
-        "ppo": ["ppo.algorithm=ppo"],
-        "grpo": ["ppo.algorithm=grpo"],
-        "reinforce": ["ppo.algorithm=reinforce", "ppo.epochs=null"],
-    },
-    claims=[
-        Claim("ppo", "ppo", "after", worse_measure="before", margin=-0.2),
-        Claim("grpo", "grpo", "after", worse_measure="before", margin=-0.2),
-        Claim("ppo", "reinforce", "after"),
-        Claim("grpo", "reinforce", "after"),
-        Claim("ppo", "reinforce", "reward jitter", lower_is_better=True, share=0.5),
-        Claim("ppo", "reinforce", "reward variance", lower_is_better=True, share=0.5),
+
+def policy_study(title: str, common: list[str]) -> Study:
+    """What policy-gradient algorithms make of one family of problems."""
+    return Study(
+        title=title,
+        recipe="ppo",
+        task=PolicyTask(),
+        variants={
+            "ppo": ["ppo.algorithm=ppo"],
+            "grpo": ["ppo.algorithm=grpo"],
+            "reinforce": ["ppo.algorithm=reinforce", "ppo.epochs=null"],
+        },
+        claims=[
+            Claim("ppo", "ppo", "after", worse_measure="before", margin=-0.2),
+            Claim("grpo", "grpo", "after", worse_measure="before", margin=-0.2),
+            Claim("ppo", "reinforce", "after"),
+            Claim("grpo", "reinforce", "after"),
+            Claim("ppo", "reinforce", "reward jitter", lower_is_better=True, share=0.5),
+            Claim("ppo", "reinforce", "reward variance", lower_is_better=True, share=0.5),
+        ],
+        lower_is_better=False,
+        common=common,
+    )
+
+
+POLICY = policy_study("Spelling backward by trial and reward", [])
+POLICY_EQUATIONS = policy_study(
+    "Solving equations by trial and reward",
+    [
+        "tasks.family=simple_equations",
+        "tasks.config={min_terms: 2, max_terms: 2, min_value: 1, max_value: 20, operators_weights: [0.5, 0.5, 0]}",
+        "train.steps=450",
     ],
-    lower_is_better=False,
 )
 
 STUDIES: dict[str, Study] = {
@@ -135,4 +150,5 @@ STUDIES: dict[str, Study] = {
     "experts": EXPERTS,
     "patches": PATCHES,
     "policy": POLICY,
+    "policy-equations": POLICY_EQUATIONS,
 }

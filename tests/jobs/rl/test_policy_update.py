@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def learned(rank: int, recipes: dict[str, Recipe]) -> dict[str, tuple[list[dict[
 
 def test_the_learning_rate_rises_and_falls_in_straight_lines():
     keys = {"ppo.iterations": 6, "ppo.learning_rate": 8.0, "ppo.min_learning_rate_ratio": 0.5}
-    plain = small_recipe(keys).ppo
+    plain = small_recipe(Path("runs"), **keys).ppo
     assert plain is not None
     ppo = plain.model_copy(update={"warmup_iterations": 2})
     assert [learning_rate_at(ppo, i) for i in range(7)] == [4, 8, 8, 7, 6, 5, 4]
