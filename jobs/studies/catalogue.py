@@ -117,7 +117,12 @@ def policy_study(title: str, common: list[str]) -> Study:
         task=PolicyTask(),
         variants={
             "ppo": ["ppo.algorithm=ppo"],
-            "grpo": ["ppo.algorithm=grpo"],
+            "grpo": [
+                "ppo.algorithm=grpo",
+                "ppo.prompts_per_iteration=32",
+                "ppo.samples_per_prompt=8",
+                "ppo.epochs=2",
+            ],
             "reinforce": ["ppo.algorithm=reinforce", "ppo.epochs=null"],
         },
         claims=[
@@ -140,6 +145,7 @@ POLICY_EQUATIONS = policy_study(
         "tasks.family=simple_equations",
         "tasks.config={min_terms: 2, max_terms: 2, min_value: 1, max_value: 20, operators_weights: [0.5, 0.5, 0]}",
         "train.steps=450",
+        "train.sequence_length=64",
     ],
 )
 
