@@ -25,7 +25,9 @@ class TrainingRecord(RunRecord):
         metrics = super().add(row)
         self.metrics["loss"] = row["loss"]
         if self.held_out_metric in row:
-            self.metrics[self.held_out_metric] = row[self.held_out_metric]
+            for name in (self.held_out_metric, "held_out_accuracy"):
+                if name in row:
+                    self.metrics[name] = row[name]
             self.held_out = metrics
         return metrics
 

@@ -138,7 +138,7 @@ def policy_study(title: str, common: list[str]) -> Study:
     )
 
 
-POLICY = policy_study("Spelling backward by trial and reward", [])
+POLICY = policy_study("Spelling backward by trial and reward", ["train.steps=225"])
 POLICY_EQUATIONS = policy_study(
     "Solving equations by trial and reward",
     [

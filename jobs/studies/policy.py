@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.progress import read_metrics
+from jobs.recipe import load_recipe
 from jobs.studies.study import PolicyTask
 
 if TYPE_CHECKING:
@@ -26,9 +27,8 @@ def run_policy_trial(trial: Trial) -> dict[str, float]:
     assert isinstance(trial.study.task, PolicyTask)
     folder = runs_folder(trial)
     warm_up = folder / f"warm-up-{trial.seed}"
-    shared = [*trial.study.common, *trial.overrides, f"run.seed={trial.seed}", f"run.dir={folder}"]
     if not warm_up.exists():
-        mmada("train", trial.study.recipe, [*shared, *trial.study.task.warm_up, f"run.name={warm_up.name}"])
+        warm(trial, warm_up)
     name = f"{trial.variant.replace(' ', '-')}-{trial.seed}"
     keys = [*trial.study.overrides(trial.variant, trial.seed), *trial.overrides, f"run.dir={folder}"]
     started = time.perf_counter()
@@ -45,6 +45,22 @@ def run_policy_trial(trial: Trial) -> dict[str, float]:
         "reward jitter": jitter(rewards),
         "gap": summary["logprob_gap"],
     }
+
+
+def warm(trial: Trial, run_dir: Path) -> None:
+    """Train on answers until enough problems are solved; raises RuntimeError where ten times the steps do not do."""
+    study = trial.study
+    assert isinstance(study.task, PolicyTask)
+    keys = [*study.common, *study.task.warm_up, *trial.overrides, f"run.seed={trial.seed}"]
+    keys += [f"run.dir={run_dir.parent}", f"run.name={run_dir.name}"]
+    first = load_recipe(study.recipe, keys).train.steps
+    for steps in range(first, 10 * first, study.task.more_steps):
+        mmada("train", study.recipe, [*keys, f"train.steps={steps}", f"run.resume={str(steps > first).lower()}"])
+        if read_metrics(run_dir, up_to=steps)[-1]["held_out_accuracy"] >= study.task.least_before:
+            return
+    raise RuntimeError(
+        f"the warm-up in {run_dir} does not solve {study.task.least_before:.0%} of the held-out problems"
+    )
 
 
 def jitter(rewards: list[float]) -> float:
