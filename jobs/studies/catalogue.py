@@ -139,13 +139,16 @@ def policy_study(title: str, common: list[str]) -> Study:
 
 
 POLICY = policy_study("Spelling backward by trial and reward", ["train.steps=225"])
-POLICY_EQUATIONS = policy_study(
-    "Solving equations by trial and reward",
+POLICY_FILTERING = policy_study(
+    "Filtering numbers by trial and reward",
     [
-        "tasks.family=simple_equations",
-        "tasks.config={min_terms: 2, max_terms: 2, min_value: 1, max_value: 20, operators_weights: [0.5, 0.5, 0]}",
-        "train.steps=450",
-        "train.sequence_length=64",
+        "tasks.family=number_filtering",
+        "tasks.config={min_numbers: 2, max_numbers: 2, min_value: 0, max_value: 9, max_decimals: 0}",
+        "tasks.size=1500",
+        "train.steps=200",
+        "train.sequence_length=112",
+        "ppo.max_new_tokens=12",
+        "ppo.iterations=80",
     ],
 )
 
@@ -156,5 +159,5 @@ STUDIES: dict[str, Study] = {
     "experts": EXPERTS,
     "patches": PATCHES,
     "policy": POLICY,
-    "policy-equations": POLICY_EQUATIONS,
+    "policy-filtering": POLICY_FILTERING,
 }
