@@ -64,7 +64,6 @@ class _Board:
         self._stopped: str | None = None
         self._generation = 0
         self._number = 0
-        self._begun: Begun | None = None
         self._published: Published | None = None  # keeps the references in the newest payload alive
         self._news: list[News] = []
         self._offers: dict[int, list[Any]] = {}
@@ -75,8 +74,7 @@ class _Board:
                 self._generation += 1
                 self._number += 1
                 self._offers.clear()
-                self._begun = Begun(self._number, self._generation, start)
-                self._news.append(self._begun)
+                self._news.append(Begun(self._number, self._generation, start))
                 self._changed.notify_all()
             return self._answer(self._generation)
 
@@ -112,11 +110,6 @@ class _Board:
                 self._news.append(self._published)
                 self._changed.notify_all()
             return self._answer(None)
-
-    async def wait_begin(self, after: int, timeout_s: float) -> tuple[str, Any]:
-        async with self._changed:
-            await self._wait_until(lambda: self._generation > after, timeout_s)
-            return self._answer(self._begun) if self._generation > after else self._answer(None, "nothing")
 
     async def news(self, since: int, timeout_s: float) -> tuple[str, Any]:
         async with self._changed:
@@ -182,10 +175,6 @@ class Exchange:
         """
         what = f"version {version} to be published"
         self._call(what, "publish", generation, version, payload, timeout_s=timeout_s)
-
-    def wait_begin(self, timeout_s: float, *, after: int = 0) -> Begun:
-        """The newest ``begin`` of a generation above ``after``, once there is one."""
-        return self._call("the learners to begin", "wait_begin", after, timeout_s, timeout_s=timeout_s)
 
     def news(self, since: int, timeout_s: float = 0.0) -> list[News]:
         """What has happened after the news of number ``since``, in order; waits up to ``timeout_s`` for the first.

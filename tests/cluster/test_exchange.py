@@ -51,7 +51,7 @@ def test_batches_and_weights_go_both_ways(exchange):
     assert exchange.news(0) == []
     waiting = [attempt.remote(exchange, "take", 4, WAIT_S) for _ in range(2)]  # two ranks, before there is anything
     assert result(attempt.remote(exchange, "begin", 4)) == 1
-    begun = exchange.wait_begin(WAIT_S)
+    (begun,) = exchange.news(0, WAIT_S)
     assert begun == Begun(number=1, generation=1, start=4)
     assert exchange.offer(1, 4, ray.put("the batch"))  # this process keeps no reference of its own
     assert result(waiting[0]) == result(waiting[1]) == "the batch"
@@ -76,12 +76,11 @@ def test_news_wake_who_waits_for_them(exchange):
     assert ray.wait([asked], timeout=0.3)[0] == []
     exchange.begin(0)
     assert exchange.read_news(asked, WAIT_S) == [Begun(1, 1, 0)]
-    with pytest.raises(ClusterError, match="waited 0.2 s for the learners to begin in vain"):
-        exchange.wait_begin(0.2, after=1)
-    later = attempt.remote(exchange, "wait_begin", WAIT_S, after=1)
+    assert exchange.news(1, 0.2) == []
+    later = attempt.remote(exchange, "news", 1, WAIT_S)
     time.sleep(0.2)
     exchange.begin(7)
-    assert result(later) == Begun(2, 2, 7)
+    assert result(later) == [Begun(2, 2, 7)]
 
 
 def test_a_new_generation_drops_what_the_old_one_left(exchange):
@@ -118,20 +117,18 @@ def test_stopping_wakes_all_and_answers_all_later_ones(exchange):
     exchange.begin(0)
     waiting = [
         attempt.remote(exchange, "take", 3, WAIT_S),
-        attempt.remote(exchange, "wait_begin", WAIT_S, after=1),
         attempt.remote(exchange, "news", 1, WAIT_S),
     ]
     assert ray.wait(waiting, timeout=0.5)[0] == []
     exchange.stop("the reward gives nothing but NaN")
     exchange.stop("a later reason")
-    assert [result(each) for each in waiting] == [("Stopped", "the reward gives nothing but NaN")] * 3
+    assert [result(each) for each in waiting] == [("Stopped", "the reward gives nothing but NaN")] * 2
     later = [
         lambda: exchange.take(3, 1),
         lambda: exchange.begin(0),
         lambda: exchange.publish(1, None),
         lambda: exchange.offer(1, 1, ray.put(1)),
         lambda: exchange.news(0),
-        lambda: exchange.wait_begin(1),
     ]
     for call in later:
         with pytest.raises(Stopped) as stopped:
