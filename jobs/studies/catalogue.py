@@ -109,12 +109,12 @@ PATCHES = Study(
 )
 
 
-def policy_study(title: str, common: list[str]) -> Study:
+def policy_study(title: str, task: PolicyTask, common: list[str]) -> Study:
     """What policy-gradient algorithms make of one family of problems."""
     return Study(
         title=title,
         recipe="ppo",
-        task=PolicyTask(),
+        task=task,
         variants={
             "ppo": ["ppo.algorithm=ppo"],
             "grpo": [
@@ -138,17 +138,20 @@ def policy_study(title: str, common: list[str]) -> Study:
     )
 
 
-POLICY = policy_study("Spelling backward by trial and reward", ["train.steps=225"])
+POLICY = policy_study(
+    "Spelling backward by trial and reward", PolicyTask(least_before=0.15, more_steps=10), ["train.steps=190"]
+)
 POLICY_FILTERING = policy_study(
     "Filtering numbers by trial and reward",
+    PolicyTask(least_before=0.35, more_steps=25),
     [
         "tasks.family=number_filtering",
         "tasks.config={min_numbers: 2, max_numbers: 2, min_value: 0, max_value: 9, max_decimals: 0}",
         "tasks.size=1500",
-        "train.steps=200",
+        "train.steps=250",
         "train.sequence_length=112",
         "ppo.max_new_tokens=12",
-        "ppo.iterations=80",
+        "ppo.iterations=100",
     ],
 )
 

@@ -56,8 +56,8 @@ class PolicyTask:
     """
 
     warm_up: tuple[str, ...] = ("data.source=tasks", "train.min_learning_rate_ratio=1")
-    least_before: float = 0.2
-    more_steps: int = 25
+    least_before: float = 0.15
+    more_steps: int = 10
     unit: str = "held-out accuracy before and after"
 
     def measures(self) -> list[str]:
