@@ -23,10 +23,10 @@ from jobs.driver import Driver, RunRecord, only_cpus, recipe_for_workers, start
 from jobs.recipe import Recipe
 from jobs.rl.evaluation_loop import EvaluationLoop
 from jobs.rl.ledger import DRIVER_FILE, LedgerFile
-from jobs.rl.policy_source import write_reference
+from jobs.rl.policy_source import REFERENCE, write_reference
 from jobs.rl.reward_worker import RewardWorker
 from jobs.rl.rollout_loop import RolloutLoop
-from jobs.rl.rollout_worker import REFERENCE, RolloutWorker, Trajectory
+from jobs.rl.rollout_worker import RolloutWorker, Trajectory
 from jobs.task_source import load_recipe_tasks
 from mmada.data import load_tokenizer
 from mmada.data.tasks import TaskSet
@@ -230,10 +230,14 @@ class PPORun(Driver):
     def closing(self) -> None:
         """How much was gained."""
         found = self.summary()
-        self.line.say(
-            f"done     held-out accuracy {found['accuracy_before']:.1%} before, {found['accuracy_after']:.1%} after; "
-            f"reward {found['reward_first']:.3f} to {found['reward_last']:.3f}"
+        accuracies = (found["accuracy_before"], found["accuracy_after"])
+        before, after = ("not measured" if each is None else f"{each:.1%}" for each in accuracies)
+        rewards = (
+            ""
+            if found["reward_first"] is None
+            else f"; reward {found['reward_first']:.3f} to {found['reward_last']:.3f}"
         )
+        self.line.say(f"done     held-out accuracy {before} before, {after} after{rewards}")
 
     def what_next(self, mmada: str, checkpoint: str) -> list[str]:
         """Scores on the held-out problems, and an export."""

@@ -37,7 +37,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply overrides.
 
     ``path`` is a file, or the bare name of a recipe that comes with mmada (``quickstart``). ``overrides`` are
-    ``section.key=value`` with the value in YAML. Raises RecipeError.
+    ``section.key=value`` with the value in YAML, or ``section=null`` to leave a section out. Raises RecipeError.
     """
     file = find_recipe(path)
     try:
@@ -86,6 +86,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     section, dot, field = key.partition(".")
     if not equals:
         raise RecipeError(f"override={override} has no value; write section.key=value, such as train.steps=100")
+    if key in Recipe.model_fields and parse(text, f"override={override}") is None:
+        values.pop(key, None)
+        return
     if not (dot and section and field):
         guess = sections_of(key)
         raise RecipeError(f"override={override} names no section; write {guess or 'section.key'}={text}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
-from jobs.checkpoint_folder import model_folder
+from jobs.checkpoint_folder import holds_reward_model, model_folder
 from jobs.recipe import Recipe, RecipeError
 from jobs.recipe_checks import (
     check_experts,
@@ -33,6 +34,16 @@ def completed(recipe: Recipe) -> Recipe:
     if recipe.tasks is None:
         raise RecipeError(
             "tasks.family is missing; name a task family of reasoning-gym, such as tasks.family=chain_sum"
+        )
+    if recipe.data.source in ("files", "hub"):
+        raise RecipeError(
+            f"data.source={recipe.data.source} has no part in `mmada ppo`, whose problems are those of the section "
+            "tasks; leave it out"
+        )
+    if recipe.train.objective != "language_model":
+        raise RecipeError(
+            f"train.objective={recipe.train.objective} has no part in `mmada ppo`; leave it out, and train a reward "
+            "model with `mmada train`"
         )
     return recipe if recipe.reward is not None else recipe.model_copy(update={"reward": RewardSection()})
 
@@ -126,9 +137,14 @@ def check_reward(recipe: Recipe) -> None:
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     parts = [part.model_dump() for part in recipe.reward.parts]
-    for part in parts:
+    for number, part in enumerate(parts):
         if part["kind"] == "model" and part["name"] is not None:
-            part["name"] = str(model_folder(part["name"]))
+            field, name = f"reward.parts[{number}].name", part["name"]
+            part["name"] = str(model_folder(name, field))
+            if not holds_reward_model(Path(part["name"])):
+                raise RecipeError(
+                    f"{field}={name} holds no reward model; give one that `mmada train reward-model` left"
+                )
     check_parts(parts)
 
 

@@ -26,10 +26,10 @@ def check_objective(recipe: Recipe) -> None:
             "tasks.family is missing, and data.source=tasks learns from it; name a task family of reasoning-gym, such "
             "as tasks.family=chain_sum"
         )
-    if source != "tasks" and recipe.tasks is not None and recipe.ppo is None:
+    if source != "tasks" and recipe.tasks is not None:
         raise RecipeError(
             f"tasks.family={shown(recipe.tasks.family)} has no part in data.source={source}; use data.source=tasks, or "
-            "leave the section tasks out"
+            "tasks=null to leave the section out"
         )
 
 
@@ -59,4 +59,4 @@ def check_start(recipe: Recipe, config: MMaDAConfig) -> None:
         from jobs.objectives.registry import objective_class
         from jobs.start_weights import check_start_weights
 
-        check_start_weights(recipe, objective_class(recipe).model_class, config)
+        check_start_weights(recipe.train.start_from, "train.start_from", objective_class(recipe).model_class, config)

@@ -67,7 +67,8 @@ class RewardSection(Section):
     """Seconds that one call may take; a reward actor that takes longer is replaced."""
 
     retries: Annotated[int, Field(ge=0)] = 1
-    """Further attempts at a call that failed, before its trajectories are dropped."""
+    """Further attempts at a call whose actor died or hung, or whose endpoint gave no answer or an error of its own
+    (status 500 and above), before its trajectories are dropped."""
 
     batch: Positive = 16
     """Completions that one call scores."""
@@ -197,13 +198,13 @@ class PPOSection(Section):
     """Ray actors that score."""
 
     max_replacements: Annotated[int, Field(ge=0)] = 20
-    """Actors replaced, of either kind, after which the run stops."""
+    """How often an actor's place is filled anew, with nothing done by its kind in between, before the run stops."""
 
     max_reward_failures: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of a batch whose reward may fail; their trajectories are dropped. Beyond it the run stops."""
+    """Share of a batch that may be dropped, because its reward or its sampling failed. Beyond it the run stops."""
 
     max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
-    """How far learners and rollout actors may differ in a token's log-probability before the run stops; null: 1e-3 in
+    """How far learners and rollout actors may differ in a token's log-probability before the run stops; null: 1e-4 in
     fp32, 0.5 in bf16."""
 
     checkpoint_every: Annotated[int, Field(ge=0)] = 10

@@ -1,4 +1,4 @@
-"""``train.start_from``: the weights that training begins with, from a model that was trained before.
+"""``train.start_from`` and ``ppo.start_from``: the weights that a run begins with, from a model trained before.
 
 The trunk must be there tensor by tensor, in the same shapes. Heads are taken where the saved model has them, and are
 new where it does not: so a reward model begins with a language model.
@@ -16,41 +16,43 @@ from safetensors.torch import load_file
 
 from cluster.errors import ClusterError
 from jobs.checkpoint_folder import model_folder
-from jobs.recipe import Recipe, RecipeError
+from jobs.recipe import RecipeError
 from mmada.pretrained import TrainableModel
 
 if TYPE_CHECKING:
     from mmada.config import MMaDAConfig
 
+_KEY = "train.start_from"
 _TRUNK = "model."
 _TIED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def check_start_weights(recipe: Recipe, kind: type[TrainableModel], config: MMaDAConfig) -> None:
-    """Raise RecipeError unless ``train.start_from`` has what the recipe's model needs; reads no weights."""
-    assert recipe.train.start_from is not None
-    folder = start_folder(recipe.train.start_from)
+def check_start_weights(name: str, field: str, kind: type[TrainableModel], config: MMaDAConfig) -> None:
+    """Raise RecipeError unless ``field=name`` has what a model of this kind needs; reads no weights."""
+    folder = start_folder(name, field)
     found: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in kind(config).state_dict().items()}
     if (mistake := mismatch(wanted, found)) is not None:
-        raise RecipeError(f"train.start_from={recipe.train.start_from} {mistake}")
+        raise RecipeError(f"{field}={name} {mistake.replace(_KEY, field)}")
 
 
-def start_folder(name: str) -> Path:
+def start_folder(name: str, field: str = _KEY) -> Path:
     """The Hugging Face folder that is meant. Raises RecipeError naming the recipe's key."""
     try:
-        return model_folder(str(Path(name).expanduser()))
-    except (ClusterError, OSError) as error:
-        raise RecipeError(f"train.start_from={name} cannot be used: {error}") from error
+        return model_folder(str(Path(name).expanduser()), field)
+    except ClusterError as error:
+        raise RecipeError(str(error)) from error
+    except OSError as error:
+        raise RecipeError(f"{field}={name} cannot be read ({error.strerror}); give another folder") from error
 
 
 def mismatch(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
     """What is wrong with the shapes that were found, or None."""
-    remedy = "use the model section that it was trained with, or leave train.start_from out"
+    remedy = f"use the model section that it was trained with, or leave {_KEY} out"
     for name in sorted(wanted.keys() & found.keys()):
         if wanted[name] != found[name]:
             return f"has {name} of shape {found[name]}, and this recipe's model needs {wanted[name]}; {remedy}"

@@ -1,7 +1,7 @@
 """Held-out accuracy of published policies, measured by the rollout actors between their batches.
 
-A run that samples ahead may take up a newer version while an older one is being evaluated; the answers then come from
-both. Before the first iteration and after the last nothing newer comes, and in a synchronous run never.
+A version that the actors no longer have, as may happen in a run that samples ahead, is not evaluated. The last one
+always is: nothing newer comes, and the run waits for it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from cluster.actor_pool import ActorPool, Done
 from jobs.recipe_schema_rl import PPOSection
+from jobs.rl.rollout_worker import Evaluated
 
 
 class EvaluationLoop:
@@ -26,6 +27,7 @@ class EvaluationLoop:
         self.settings, self.num_items = settings, num_items
         self.known, self.on_result = known, on_result
         self.version = -1
+        self._last_waits = False  # the last version, until an older one has been evaluated
         self._waiting: dict[int, list[int]] = {}  # call to problems
         self._found: list[tuple[int, bool]] = []
         self._calls = 0
@@ -33,18 +35,22 @@ class EvaluationLoop:
     @property
     def is_busy(self) -> bool:
         """Whether answers are still to come."""
-        return bool(self._waiting)
+        return bool(self._waiting) or self._last_waits
 
     def is_due(self, version: int) -> bool:
         """The first version, the last, and every so many between them, each once."""
         every = self.settings.evaluate_every
         wanted = version in (0, self.settings.iterations) or (every > 0 and version % every == 0)
-        return wanted and version not in self.known and not self.is_busy
+        return wanted and version not in self.known
 
     def begin(self, version: int, pool: ActorPool) -> None:
-        """Have a version evaluated if it is due."""
+        """Have a version evaluated if it is due; while another one is, the last waits and others are passed over."""
         if not self.is_due(version):
             return
+        if self._waiting:
+            self._last_waits = version == self.settings.iterations
+            return
+        self._last_waits = False
         self.version, self._found = version, []
         share = -(-self.num_items // self.settings.rollout_workers)
         for first in range(0, self.num_items, share):
@@ -53,22 +59,32 @@ class EvaluationLoop:
     def forget(self) -> None:
         """What was under way counts for nothing."""
         self._waiting.clear()
+        self._last_waits = False
 
     def take(self, done: Done, pool: ActorPool) -> str | None:
         """Take in a finished call; why evaluation cannot go on, or None."""
-        items = self._waiting.pop(done.key[1])
+        items = self._waiting.pop(done.key[1], None)
+        if items is None:  # of an evaluation that was given up
+            return None
         if done.failure is not None:
             return f"evaluation failed: {done.failure.message}"
-        if done.value is None:  # the actor has no weights yet
+        found: Evaluated = done.value
+        if found.version is None or found.version < self.version:  # the actor has not taken it up yet
             self._submit(items, pool)
             return None
-        self._found += done.value
+        if found.version == self.version:
+            self._found += found.answers
+        else:
+            self._waiting.clear()
         if not self._waiting:
-            self.known.add(self.version)
-            self.on_result(self.version, self._found)
+            if found.version == self.version:
+                self.known.add(self.version)
+                self.on_result(self.version, self._found)
+            if self._last_waits:
+                self.begin(self.settings.iterations, pool)
         return None
 
     def _submit(self, items: list[int], pool: ActorPool) -> None:
         self._calls += 1
         self._waiting[self._calls] = items
-        pool.submit(("evaluate", self._calls), "evaluate", items)
+        pool.submit(("evaluate", self._calls), "evaluate", items, self.version)

@@ -29,8 +29,8 @@ from jobs.recipe import Recipe
 from jobs.rl import ledger
 from jobs.rl.experience import Experience
 from jobs.rl.logprob_gap import gap_message, max_logprob_gap
+from jobs.rl.policy_source import REFERENCE
 from jobs.rl.policy_update import PolicyUpdate
-from jobs.rl.rollout_worker import REFERENCE
 from jobs.worker import write_output_to
 from mmada.actor_critic import POLICY, ActorCritic
 from mmada.data import load_tokenizer
@@ -154,10 +154,9 @@ class Learner:
     def _take(self, iteration: int) -> Any:
         """The batch of an iteration, once the driver offers it."""
         taken: list[Any] = []
-        patience = 3 * self.settings.rollout_timeout + 60  # an actor that hangs, is replaced, and hangs again
 
         def call() -> None:
-            taken.append(self.exchange.take(iteration, patience, generation=self.generation))
+            taken.append(self.exchange.take(iteration, patience(self.recipe), generation=self.generation))
 
         self._together(call)
         return ray.get(taken[0], timeout=self.settings.rollout_timeout)
@@ -202,8 +201,9 @@ class Learner:
         reason = None
         if not gap <= limit:
             reason = gap_message("rollout actors'", iteration, gap, limit)
-        elif not math.isfinite(metrics["loss"]):
-            reason = f"loss of iteration {iteration + 1} is {metrics['loss']}; lower ppo.learning_rate"
+        for name in ("loss", "gradient_norm"):
+            if reason is None and not math.isfinite(metrics[name]):
+                reason = f"{name} of iteration {iteration + 1} is {metrics[name]}; lower ppo.learning_rate"
         if reason is not None:
             if self.rank == 0:
                 self.exchange.stop(reason)
@@ -235,6 +235,20 @@ class Learner:
                 beside=beside,
             )
         )
+
+
+def patience(recipe: Recipe) -> float:
+    """Seconds that a batch may take at the most, with everything slow that may be slow.
+
+    An actor may hang, be replaced and hang again; rewards may take their time in every call, and once more sample by
+    sample where a call fails.
+    """
+    ppo, reward = recipe.ppo, recipe.reward
+    assert ppo is not None and reward is not None
+    samples = ppo.prompts_per_iteration * ppo.samples_per_prompt
+    calls = -(-samples // reward.batch) + samples
+    rewards = -(-calls // ppo.reward_workers) * (1 + reward.retries) * reward.timeout
+    return 3 * ppo.rollout_timeout + rewards + 60
 
 
 def build_actor_critic(recipe: Recipe, folder: Path) -> ActorCritic:

@@ -61,7 +61,7 @@ class Entry:
 
     @property
     def doubled(self) -> list[tuple[int, int]]:
-        """Trajectories that were trained on twice, or trained on and dropped."""
+        """Trajectories that were trained on twice, as when their iteration was, or trained on and dropped."""
         counts = Counter([*(self.trained or ()), *self.dropped])
         return [each for each, count in counts.items() if count > 1]
 
@@ -99,15 +99,22 @@ def entries(run_dir: Path) -> list[Entry]:
         elif line["event"] == "restored":
             trained[line["iteration"]] = _restored(line)
         else:
-            entry = drawn[line["generation"], line["iteration"]]
-            entry.trained = [(slot, sample) for slot, sample in line["trajectories"]]
+            entry, before = drawn[line["generation"], line["iteration"]], trained.get(line["iteration"])
+            again = [] if before is None else before.trained or []  # without a beginning in between: learned twice
+            entry.trained = [*again, *((slot, sample) for slot, sample in line["trajectories"])]
             trained[line["iteration"]] = entry
     return [trained[iteration] for iteration in sorted(trained)]
 
 
+def skipped(found: list[Entry]) -> list[int]:
+    """Iterations before the last one of ``entries`` that were never trained on."""
+    known = {entry.iteration for entry in found}
+    return [iteration for iteration in range(max(known, default=-1)) if iteration not in known]
+
+
 def copy_for_checkpoint(run_dir: Path, iterations: int, target: Path) -> None:
     """Write what became of the first ``iterations``."""
-    target.write_text("".join(entry.as_line() + "\n" for entry in entries(run_dir)[:iterations]))
+    target.write_text("".join(entry.as_line() + "\n" for entry in entries(run_dir) if entry.iteration < iterations))
 
 
 def restore(run_dir: Path, saved: Path, iterations: int, file: LedgerFile) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jobs.recipe import Recipe
 
-_LIMITS = {"fp32": 1e-3, "bf16": 0.5}  # by train.precision
+_LIMITS = {"fp32": 1e-4, "bf16": 0.5}  # by train.precision
 
 
 def max_logprob_gap(recipe: Recipe) -> float:

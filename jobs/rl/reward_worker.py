@@ -24,8 +24,9 @@ class RewardWorker:
         assert self.recipe.reward is not None
         self.tasks = load_recipe_tasks(self.recipe)
         parts = [part.model_dump() for part in self.recipe.reward.parts]
-        # An endpoint gives up a little before the actor that asks it counts as hung.
-        self.reward = build_reward(parts, self.tasks, timeout=0.9 * self.recipe.reward.timeout)
+        # An endpoint is given up a little before the actor that asks it counts as hung.
+        own = self.recipe.reward
+        self.reward = build_reward(parts, self.tasks, timeout=0.9 * own.timeout, retries=own.retries)
 
     def score(self, asked: list[tuple[int, str, bool]]) -> list[RewardResult]:
         """Score completions: (number of the problem among those to learn from, text, whether it ended by itself)."""

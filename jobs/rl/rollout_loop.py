@@ -91,10 +91,11 @@ class RolloutLoop:
         self.calls = 0
         self.held: dict[int, list[Any]] = {}  # by call: requests, or trajectories to score
         self.heard_at: float | None = None  # when learners last published
-        self.is_over = False
+        self.is_over = False  # set by the driver, too, when the learners have ended
 
     def run(self) -> None:
-        """Until the learners have what they need. Never raises: ``failure`` says what went wrong."""
+        """Until the learners have what they need. ``failure`` says what went wrong; what nobody foresaw is also raised,
+        for the log."""
         try:
             self._run()
         except Stopped as stopped:  # by the learners
@@ -128,6 +129,7 @@ class RolloutLoop:
             self._check_gaps()
             self._offer_complete()
             self._dispatch()
+        self.exchange.news(seen)  # raises Stopped where the learners ended with a reason that was not read yet
 
     # News from the learners.
 
@@ -178,7 +180,7 @@ class RolloutLoop:
         while self.version >= 0 and self.next < iterations and self.next - self.version <= staleness:
             self._draw(self.next)
             self.next += 1
-        if self.version == iterations and not self.evaluation.is_busy:
+        if self.version >= iterations and not self.evaluation.is_busy:
             self.exchange.offer(self.generation, iterations, ray.put(None))  # the learners may go
             self.is_over = True
 
@@ -314,7 +316,7 @@ class RolloutLoop:
     def _check_failures(self, making: Making) -> None:
         wanted = len(making.prompts) * self.settings.samples_per_prompt
         failed, limit = making.dropped["reward"], self.settings.max_reward_failures
-        if failed > limit * wanted or not making.scored:
+        if making.dropped["all"] > limit * wanted or not making.scored:
             raise RunStopped(
                 f"{making.dropped['all']} of the {wanted} trajectories of iteration {making.iteration + 1} failed, "
                 f"{failed} in their reward (the last: {making.last_reason}), more than "

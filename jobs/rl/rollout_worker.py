@@ -20,6 +20,7 @@ from cluster.errors import ClusterError
 from cluster.weights import PackedWeights, fetch, unpack
 from jobs.evaluation_tasks import held_out_accuracy
 from jobs.recipe import Recipe
+from jobs.rl.policy_source import REFERENCE
 from jobs.task_source import load_recipe_tasks
 from mmada.actor_critic import ActorCritic
 from mmada.data import load_tokenizer
@@ -27,7 +28,6 @@ from mmada.data.task_rows import pad_right, padding_id
 from mmada.generate import Completion, SamplingSettings, generate_batch, score_cached
 from mmada.model import MMaDAForCausalLM
 
-REFERENCE = "reference"  # folder of the run that holds the policy it began with
 _FETCH_TIMEOUT_S = 60.0
 _ROWS_AT_ONCE = 64  # of the reference's forward pass
 
@@ -88,6 +88,15 @@ class Probe:
     logprobs: list[list[float]]
 
 
+@dataclass
+class Evaluated:
+    """Greedy answers to held-out problems: each one's number, and whether it is solved; none where the actor has
+    another ``version`` than was asked for (None: no weights yet)."""
+
+    version: int | None
+    answers: list[tuple[int, bool]]
+
+
 class RolloutWorker:
     """An actor's content; every method is one call of the pool."""
 
@@ -103,6 +112,7 @@ class RolloutWorker:
         folder = Path(run_dir) / REFERENCE
         self.policy = self._load(folder)
         self.reference = ActorCritic(self._load(folder), "none") if settings.kl_coefficient else None
+        self.generation: int | None = None
         self.version: int | None = None
 
     def _load(self, folder: Path) -> MMaDAForCausalLM:
@@ -115,16 +125,18 @@ class RolloutWorker:
         return os.getpid()
 
     def load(self, generation: int, version: int, refs: list[Any], probe: Probe | None) -> Loaded:
-        """Take up what learners of a generation published. Where it is lost or damaged, the actor keeps what it has."""
+        """Take up what learners of a generation published. Where it is lost or damaged, the actor keeps what it has of
+        theirs."""
+        if generation != self.generation:  # what replaced learners called a version is no version of these
+            self.generation, self.version = generation, None
         try:
-            packed = fetch(refs[0], _FETCH_TIMEOUT_S)
+            packed = fetch(refs[0], _FETCH_TIMEOUT_S, version)
             return Loaded(generation, None if packed is None else self.take_up(version, packed, probe))
         except ClusterError as error:
             return Loaded(generation, problem=str(error))
 
     def take_up(self, version: int, packed: PackedWeights, probe: Probe | None) -> float | None:
-        """``load`` of weights that are here; the gap. Raises ClusterError for damaged ones."""
-        packed.verify(version)
+        """``load`` of weights that are here and whole; the gap."""
         tensors = unpack(packed)
         if self.device.type != "cpu":
             tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
@@ -194,10 +206,10 @@ class RolloutWorker:
         for each, logprobs in zip(trajectories, output.logprobs_BC.tolist(), strict=True):
             each.reference_logprobs = logprobs[: len(each.completion.ids)]
 
-    def evaluate(self, indices: list[int]) -> list[tuple[int, bool]] | None:
-        """Greedy answers to held-out problems: each one's number, and whether it is solved; None without weights."""
-        if self.version is None:
-            return None
+    def evaluate(self, indices: list[int], version: int) -> Evaluated:
+        """Answer held-out problems with that version of the policy."""
+        if self.version != version:
+            return Evaluated(self.version, [])
         tasks = load_recipe_tasks(self.recipe)
         result = held_out_accuracy(
             self.policy,
@@ -207,7 +219,8 @@ class RolloutWorker:
             slots=self.settings.rollout_slots,
             items=[tasks.held_out[index] for index in indices],
         )
-        return [(index, answer.accuracy == 1) for index, answer in zip(indices, result.answers, strict=True)]
+        answers = [(index, answer.accuracy == 1) for index, answer in zip(indices, result.answers, strict=True)]
+        return Evaluated(version, answers)
 
     def text(self, completion: Completion) -> str:
         """The text of a completion, its end token left out."""

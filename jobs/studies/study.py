@@ -55,7 +55,7 @@ class PolicyTask:
     log-probabilities.
     """
 
-    warm_up: tuple[str, ...] = ("data.source=tasks", "train.min_learning_rate_ratio=1")
+    warm_up: tuple[str, ...] = ("train.min_learning_rate_ratio=1",)
     least_before: float = 0.15
     more_steps: int = 10
     unit: str = "held-out accuracy before and after"

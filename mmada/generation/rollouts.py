@@ -160,10 +160,14 @@ def check_prompts(config: Any, prompts: Sequence[Sequence[int]], new_tokens: Seq
     for index, (prompt, new) in enumerate(zip(prompts, new_tokens, strict=True)):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{index}] is empty; give at least one token, such as the begin-of-text id")
+        if new >= room:
+            raise ValueError(
+                f"{new} new tokens leave a prompt no room in max_position_embeddings={room}; use at most {room - 1}"
+            )
         if len(prompt) + new > room:
             raise ValueError(
                 f"prompts[{index}] has {len(prompt)} tokens and {new} shall follow, but max_position_embeddings={room}"
-                f"; use at most {max(0, room - new)} tokens"
+                f"; use at most {room - new} tokens"
             )
 
 

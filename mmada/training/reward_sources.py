@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import math
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 KINDS = ("task", "solved", "function", "model", "http")
 _OF_TASKS = ("task", "solved")
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0  # before an endpoint is asked again
 
 
 class RewardSource(Protocol):
@@ -94,7 +96,10 @@ class ModelReward:
         from mmada.tokenizer import load_tokenizer
 
         self.name = "model"
-        self._model = MMaDARewardModel.from_pretrained(Path(folder).expanduser()).eval()
+        model, loading = MMaDARewardModel.from_pretrained(Path(folder).expanduser(), output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"its weights lack {missing[0]}, which would be drawn at random")
+        self._model = model.eval()
         self._tokenizer = load_tokenizer(str(Path(folder).expanduser().resolve()))
 
     def score(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
@@ -113,14 +118,16 @@ class ModelReward:
 class HTTPReward:
     """An endpoint: POST of a JSON object with the lists of a ``FunctionReward``, answered by ``{"rewards": [...]}``.
 
-    Another status than 200 is asked again sample by sample; an answer that does not come within ``timeout`` seconds, is
-    no JSON or has another shape fails all samples of the call.
+    Where no answer comes (refused, cut off) or a status of 500 and above, it is asked again up to ``retries`` times.
+    After that, and at once for any other status than 200, it is asked sample by sample. No answer at all, or none
+    within ``timeout`` seconds for all attempts together, one that is no JSON or one of another shape fails all samples
+    of the call.
     """
 
-    def __init__(self, url: str, timeout: float = 30.0) -> None:
+    def __init__(self, url: str, timeout: float = 30.0, retries: int = 0) -> None:
         self.name = "http"
         self.url = url
-        self.timeout = timeout
+        self.timeout, self.retries = timeout, retries
 
     def score(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
         """See ``RewardSource``."""
@@ -128,27 +135,43 @@ class HTTPReward:
 
     def _call(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
         body = json.dumps(_lists(samples)).encode()
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"}, method="POST")
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                status, text = response.status, response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                raise ValueError(f"{self.url} answered with status {error.code} {error.reason}") from error
-        except (
-            OSError,
-            HTTPException,
-        ) as error:  # refused, unknown host, cut off, too late: asking once more per sample will not help
-            raise RewardCallError(f"{self.name}: {self.url} gave no answer ({error})") from error
+        ends, status, text = time.monotonic() + self.timeout, 0, b""
+        for attempt in range(self.retries + 1):
+            try:
+                status, text = self._post(body, ends - time.monotonic())
+                break
+            except urllib.error.HTTPError as error:
+                if error.code < 500 or attempt == self.retries:
+                    raise ValueError(f"{self.url} answered with status {error.code} {error.reason}") from error
+            except (OSError, HTTPException) as error:  # refused, unknown host, cut off, too late
+                is_late = isinstance(error, TimeoutError) or "timed out" in str(error)
+                if is_late or attempt == self.retries:  # asking once more per sample will not help
+                    raise RewardCallError(f"{self.name}: {self.url} gave no answer ({error})") from error
+            time.sleep(max(0.0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt, ends - time.monotonic())))
         if status != 200:
             raise ValueError(f"{self.url} answered with status {status}; 200 is expected")
+        return self._numbers(text, len(samples))
+
+    def _post(self, body: bytes, seconds: float) -> tuple[int, bytes]:
+        """Status and text of an answer. Raises HTTPError with its connection closed, OSError or HTTPException."""
+        if seconds <= 0:
+            raise TimeoutError("timed out")
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"}, method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise
+
+    def _numbers(self, text: bytes, count: int) -> list[RewardResult]:
         try:
             answer = json.loads(text)
         except ValueError as error:
             raise RewardCallError(f"{self.name}: {self.url} answered with something that is no JSON") from error
         if not isinstance(answer, dict) or "rewards" not in answer:
             raise RewardCallError(f'{self.name}: {self.url} answered without "rewards"; a list of numbers is expected')
-        return check_values(answer["rewards"], len(samples), f"{self.name} ({self.url})")
+        return check_values(answer["rewards"], count, f"{self.name} ({self.url})")
 
 
 class WeightedReward:
@@ -211,23 +234,34 @@ def check_parts(parts: Sequence[Mapping[str, Any]], has_tasks: bool = True) -> N
             import_function(str(name), f"{field}.name")
         if kind == "model" and not (Path(str(name)).expanduser() / "config.json").is_file():
             raise DataError(f"{field}.name={name} is no folder with a saved reward model; give one with a config.json")
-        if kind == "http" and (urlsplit(str(name)).scheme not in ("http", "https") or not urlsplit(str(name)).netloc):
+        if kind == "http" and not _is_endpoint(str(name)):
             raise DataError(f"{field}.name={name} is no URL of an endpoint; give one such as http://host:port/path")
 
 
+def _is_endpoint(url: str) -> bool:
+    try:
+        split = urlsplit(url)
+        return split.scheme in ("http", "https") and bool(split.hostname) and split.port != 0
+    except ValueError:  # brackets that do not close, a port that is none
+        return False
+
+
 def build_reward(
-    parts: Sequence[Mapping[str, Any]], tasks: TaskSet | None = None, timeout: float = 30.0
+    parts: Sequence[Mapping[str, Any]], tasks: TaskSet | None = None, timeout: float = 30.0, retries: int = 0
 ) -> WeightedReward:
     """The reward of a recipe: ``parts`` are mappings with ``kind``, ``name`` and ``weight`` (1 where it is missing).
 
-    ``timeout``: seconds that an endpoint has for one answer.
+    ``timeout``: seconds that an endpoint has for a call with all its ``retries``.
 
     Raises:
         DataError: naming ``reward.parts[i]`` and the key.
     """
     check_parts(parts, tasks is not None)
     return WeightedReward(
-        [(_source(part, f"reward.parts[{i}]", tasks, timeout), part.get("weight", 1.0)) for i, part in enumerate(parts)]
+        [
+            (_source(part, f"reward.parts[{i}]", tasks, timeout, retries), part.get("weight", 1.0))
+            for i, part in enumerate(parts)
+        ]
     )
 
 
@@ -242,7 +276,7 @@ def import_function(path: str, field: str) -> Callable[..., Any]:
         raise DataError(f"{field}={path} names no function; write module:function")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the module's own code runs here
+    except (Exception, SystemExit) as error:  # the module's own code runs here
         reason = f"{type(error).__name__}: {error}"
         raise DataError(
             f"{field}={path}: {module_name} cannot be imported ({reason}); put its folder on PYTHONPATH"
@@ -266,7 +300,7 @@ def import_function(path: str, field: str) -> Callable[..., Any]:
     return found
 
 
-def _source(part: Mapping[str, Any], field: str, tasks: TaskSet | None, timeout: float) -> RewardSource:
+def _source(part: Mapping[str, Any], field: str, tasks: TaskSet | None, timeout: float, retries: int) -> RewardSource:
     kind, name = part["kind"], str(part.get("name"))
     if kind in _OF_TASKS:
         assert tasks is not None
@@ -274,7 +308,7 @@ def _source(part: Mapping[str, Any], field: str, tasks: TaskSet | None, timeout:
     if kind == "function":
         return FunctionReward(name, f"{field}.name")
     if kind == "http":
-        return HTTPReward(name, timeout)
+        return HTTPReward(name, timeout, retries)
     try:
         return ModelReward(name)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -7,8 +7,9 @@ checks most), and where each is honoured:
 |---|---|
 | logits divided by the sampling temperature | log-probabilities come so: ``mmada.actor_critic``, ``mmada.generation`` |
 | value head starts at 0 | ``mmada.actor_critic`` |
-| reward head starts at N(0, 1 / sqrt(d + 1)), bias 0; reward brought to mean 0, variance 1 | ``mmada.reward_model`` |
-| reward model trained for one epoch | its recipe |
+| reward head starts at N(0, 1 / sqrt(d + 1)), bias 0; reward brought to mean 0, variance 1 before it is used (after its
+  training alone, not before it, too) | ``mmada.reward_model`` |
+| reward model trained for one epoch | left to its recipe's ``train.steps``; the shipped one takes two |
 | no dropout | ``mmada.actor_critic``, which never leaves evaluation |
 | left padding with right positions | rows are padded at the right for learning; ``mmada.model`` reads either |
 | padding and end token differ | ``mmada.tokenizer``; masks come from lengths, never from token ids |
@@ -17,7 +18,7 @@ checks most), and where each is honoured:
 | divergence in the reward of each token, as -β (log π - log π_ref) | ``token_rewards`` |
 | adaptive coefficient | ``mmada.training.kl.AdaptiveKL`` |
 | rewards whitened without moving the mean, advantages with | ``token_rewards``, ``whiten`` |
-| advantages whitened per minibatch, over its micro batches and workers | the learner, by ``whiten(reduce=...)`` |
+| advantages whitened per minibatch, over micro batches and workers | the learner, every rank of which has them all |
 | rewards whitened per batch, not per minibatch: γ and λ join tokens, not completions | ``advantages`` below |
 | value loss with clipped values, half of the squared error | ``loss`` below |
 | a minibatch is not a micro batch | ``Counts``: the loss does not depend on the split |

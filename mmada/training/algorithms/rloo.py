@@ -55,11 +55,12 @@ def loss(batch: PolicyBatch, settings: LossSettings, counts: Counts) -> LossPart
     log_ratio_BT = log_ratio(batch)
     ratio_B = log_ratio_BT.sum(dim=1).exp()
     num_sequences = max(1, counts.num_sequences)
-    policy_B = clipped_surrogate(ratio_B, batch.advantages_BT[:, 0], settings.clip_epsilon)
+    is_real_B = batch.mask_BT.bool().any(dim=1)  # rows that fill a micro batch up count for nothing
+    policy_B = is_real_B * clipped_surrogate(ratio_B, batch.advantages_BT[:, 0], settings.clip_epsilon)
     parts = with_entropy(policy_B.sum() / num_sequences, log_ratio_BT, batch, settings, counts)
     with torch.no_grad():
-        parts.clip_fraction = ((ratio_B - 1).abs() > settings.clip_epsilon).sum() / num_sequences
-        parts.ratio_mean, parts.ratio_max = ratio_B.sum() / num_sequences, ratio_B.amax()
+        parts.clip_fraction = (is_real_B & ((ratio_B - 1).abs() > settings.clip_epsilon)).sum() / num_sequences
+        parts.ratio_mean, parts.ratio_max = (is_real_B * ratio_B).sum() / num_sequences, (is_real_B * ratio_B).amax()
     return report_kl(parts, batch, settings, counts)
 
 

@@ -12,6 +12,7 @@ from jobs.recipe import RecipeError, load_recipe, shipped_recipes
 from jobs.recipe_checks_ppo import check_ppo, completed
 from mmada.errors import DataError
 from mmada.model import MMaDAForCausalLM
+from mmada.reward_model import MMaDARewardModel
 from mmada.tokenizer import ByteTokenizer
 
 REFUSED = [
@@ -36,8 +37,13 @@ REFUSED = [
     (["reward.parts=[{kind: function}]"], ["reward.parts[0].name is missing", "module:function"]),
     (['reward.parts=[{kind: function, name: "nowhere:f"}]'], ["nowhere", "cannot be imported"]),
     (['reward.parts=[{kind: http, name: "example"}]'], ["example", "no URL"]),
-    (["reward.parts=[{kind: model, name: nowhere}]"], ["nowhere", "not a folder"]),
-    (["ppo.start_from=nowhere"], ["nowhere", "not a folder"]),
+    (['reward.parts=[{kind: http, name: "http://[::1/x"}]'], ["no URL"]),
+    (['reward.parts=[{kind: http, name: "http://localhost:99999/x"}]'], ["99999", "no URL"]),
+    (["reward.parts=[{kind: model, name: nowhere}]"], ["reward.parts[0].name=nowhere", "not a folder"]),
+    (["ppo.start_from=nowhere"], ["ppo.start_from=nowhere", "not a folder"]),
+    (["data.source=files", "data.path=texts"], ["data.source=files", "no part in `mmada ppo`"]),
+    (["train.objective=reward"], ["train.objective=reward", "no part in `mmada ppo`"]),
+    (["ppo.iterations=2", "ppo.warmup_iterations=3"], ["ppo.warmup_iterations=3", "ppo.iterations=2"]),
     (["model.num_experts=3"], ["model.num_experts=3", "cluster.expert_parallel=2"]),
     (["train.zero_stage=0"], ["train.zero_stage=0", "cluster.expert_parallel"]),
     (["cluster.gpus_per_worker=1", "cluster.workers=64", "ppo.minibatch=64", "ppo.prompts_per_iteration=64"], ["GPU"]),
@@ -71,6 +77,27 @@ def test_the_policy_to_start_from_has_the_recipes_architecture(tmp_path: Path):
     check_ppo(completed(load_recipe("ppo-debug", [f"ppo.start_from={saved}"])))
     with pytest.raises(RecipeError, match=r"model.intermediate_size=96 is not what ppo.start_from=.* has \(128\)"):
         check_ppo(completed(load_recipe("ppo-debug", [f"ppo.start_from={saved}", "model.intermediate_size=96"])))
+
+
+def test_language_and_reward_models_do_not_take_each_others_place(tmp_path: Path):
+    config = model_config(load_recipe("ppo-debug"))
+    for name, kind in (("language", MMaDAForCausalLM), ("reward", MMaDARewardModel)):
+        kind(config).save_pretrained(tmp_path / name)
+        ByteTokenizer().save_pretrained(tmp_path / name)
+    check_ppo(completed(load_recipe("ppo-debug", [f"reward.parts=[{{kind: model, name: {tmp_path}/reward}}]"])))
+    with pytest.raises(RecipeError, match=r"reward.parts\[0\].name=.*language holds no reward model"):
+        check_ppo(completed(load_recipe("ppo-debug", [f"reward.parts=[{{kind: model, name: {tmp_path}/language}}]"])))
+    with pytest.raises(RecipeError, match=r"ppo.start_from=.*reward holds a reward model; give a language model"):
+        check_ppo(completed(load_recipe("ppo-debug", [f"ppo.start_from={tmp_path}/reward"])))
+
+
+def test_damaged_weights_to_start_from_are_refused(tmp_path: Path):
+    MMaDAForCausalLM(model_config(load_recipe("ppo-debug"))).save_pretrained(tmp_path)
+    ByteTokenizer().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(RecipeError, match=r"ppo.start_from=.* has damaged weights in model.safetensors"):
+        check_ppo(completed(load_recipe("ppo-debug", [f"ppo.start_from={tmp_path}"])))
 
 
 def test_every_shipped_recipe_with_a_policy_can_be_run():

@@ -197,6 +197,16 @@ def test_another_status_is_asked_again_sample_by_sample(endpoint: tuple, status:
     assert f"answered with status {status}" in results[1].error
 
 
+def test_an_endpoint_is_asked_again_where_it_fails_by_itself(endpoint: tuple):
+    url, requests, answers = endpoint
+
+    def troubled(body: dict) -> tuple[int, bytes]:
+        return (503, b"busy") if len(requests) < 3 else (200, b'{"rewards": [1, 2, 3, 4]}')
+
+    answers.append(troubled)
+    assert values(HTTPReward(url, retries=2)) == [1, 2, 3, 4] and len(requests) == 3
+
+
 def test_an_endpoint_that_is_late_or_not_there_fails_the_call_once(endpoint: tuple):
     url, requests, answers = endpoint
     leave = Event()

@@ -142,6 +142,17 @@ def test_micro_batches_add_up_to_the_minibatch(name: str, split: list[list[int]]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
+def test_rows_that_fill_a_micro_batch_up_count_for_nothing(name: str):
+    batch, counts = policy_batch(), Counts.of(policy_batch().mask_BT)
+    filled = rows(batch, [0, 1, 2, 3, 4, 5, 2, 0])
+    filled.mask_BT = filled.mask_BT.clone()
+    filled.mask_BT[6:] = 0
+    whole, same = loss_of(name, batch), loss_of(name, filled, counts=counts)
+    for field in vars(whole):
+        torch.testing.assert_close(getattr(same, field), getattr(whole, field), **EXACT)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_what_stands_behind_a_completion_changes_nothing(name: str):
     plain, strange = policy_batch(), policy_batch(behind=float("inf"))
     ours, theirs = loss_of(name, plain), loss_of(name, strange)
