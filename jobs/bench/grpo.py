@@ -84,7 +84,7 @@ class GRPOStep:
         old_BT = torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in logprobs])
         groups_B = torch.arange(len(rows)) // self.options.samples
         scored = ScoredBatch(torch.tensor(reward(completions)), mask_BT, old_BT, groups_B=groups_B)
-        advantages_BT = self.algorithm.advantages(scored, AdvantageSettings(), 0.0, None).advantages_BT
+        advantages_BT = self.algorithm.advantages(scored, AdvantageSettings(), 0.0).advantages_BT
         self.model.train()
         batch = PolicyBatch(self.logprobs(rows, completions), old_BT, advantages_BT, mask_BT)
         self.algorithm.loss(batch, self.settings, Counts.of(mask_BT)).total.backward()

@@ -87,7 +87,7 @@ class PolicyUpdate:
             judged = self.judge(batch)
             values_NC, gap = judged.values_BC, _largest_gap(iteration, batch, judged.logprobs_BC)
         scored = _scored(batch, values_NC)
-        advantages = self.algorithm.advantages(scored, self._advantage_settings(), self.kl.coefficient, None)
+        advantages = self.algorithm.advantages(scored, self._advantage_settings(), self.kl.coefficient)
         learning_rate = learning_rate_at(self.settings, iteration)
         steps = [
             self._update(iteration, batch, scored, advantages, rows, learning_rate)

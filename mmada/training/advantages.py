@@ -5,15 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-
-# Sums a tensor over all workers; None where there is one.
-Reduce = Callable[[Tensor], Tensor] | None
 
 GROUP_EPSILON = 1e-4  # what GRPO adds to a group's standard deviation, as in TRL
 
@@ -54,22 +50,18 @@ def gae_reference(
     return advantages_BT, returns_BT
 
 
-def whiten(
-    x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True, unbiased: bool = True, reduce: Reduce = None
-) -> Tensor:
+def whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True, unbiased: bool = True) -> Tensor:
     """Bring the masked entries to variance 1, and to mean 0 with ``shift_mean``; 0 where the mask is false.
 
     (x - μ) / sqrt(var + 1e-8), plus μ without ``shift_mean``. ``unbiased`` divides the squares by n - 1, as TRL does;
-    without it by n, as in the first code of RLHF (openai/lm-human-preferences). With ``reduce`` mean and variance are
-    those of all workers' entries together.
+    without it by n, as in the first code of RLHF (openai/lm-human-preferences).
     """
     mask_BT = mask_BT.bool()
-    reduce = reduce or (lambda sums: sums)
     x_BT = x_BT.masked_fill(~mask_BT, 0)
     wide_BT = x_BT.double()
-    total, count = reduce(torch.stack([wide_BT.sum(), mask_BT.sum().double()]))
-    mean = total / count.clamp(min=1)
-    squares = reduce((wide_BT - mean).square().masked_fill(~mask_BT, 0).sum()[None])[0]
+    count = mask_BT.sum()
+    mean = wide_BT.sum() / count.clamp(min=1)
+    squares = (wide_BT - mean).square().masked_fill(~mask_BT, 0).sum()
     variance = squares / (count - int(unbiased)).clamp(min=1)
     whitened_BT = (wide_BT - mean) * torch.rsqrt(variance + 1e-8) + (0 if shift_mean else mean)
     return whitened_BT.masked_fill(~mask_BT, 0).to(x_BT.dtype)
@@ -136,14 +128,12 @@ def group_advantages(
     return GroupAdvantages(advantages_N, len(ids), single, int(silent_G.sum()) - single)
 
 
-def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, reduce: Reduce = None) -> Tensor:
+def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Share of the returns' variance that the values foresaw: 1 - var(returns - values) / var(returns), a scalar.
 
-    1: exactly; 0: no better than their mean; NaN where all returns are the same. With ``reduce`` over all workers.
+    1: exactly; 0: no better than their mean; NaN where all returns are the same.
     """
     mask_BT = mask_BT.bool()
-    reduce = reduce or (lambda sums: sums)
     pairs_2N = torch.stack([(returns_BT - values_BT)[mask_BT], returns_BT[mask_BT]]).double()
-    sums_3 = reduce(torch.cat([pairs_2N.sum(dim=1), pairs_2N.new_tensor([pairs_2N.shape[1]])]))
-    squares_2 = reduce((pairs_2N - (sums_3[:2] / sums_3[2])[:, None]).square().sum(dim=1))
+    squares_2 = (pairs_2N - pairs_2N.mean(dim=1, keepdim=True)).square().sum(dim=1)
     return torch.where(squares_2[1] > 0, 1 - squares_2[0] / squares_2[1], torch.nan)

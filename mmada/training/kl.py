@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmada.training.advantages import Reduce, whiten
+from mmada.training.advantages import whiten
 
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
@@ -102,14 +102,12 @@ def token_rewards(
     kl_BT: Tensor | None = None,
     kl_coefficient: float = 0.0,
     whitened: bool = False,
-    reduce: Reduce = None,
 ) -> Tensor:
     """Rewards of tokens (B, T): -β · kl each, and the score on top at the completion's last token; 0 behind it.
 
     ``kl_BT`` estimates log π - log π_ref (``k1``) or its like, so a token that the policy likes more than the
     reference does costs. ``mask_BT`` is true for a completion's tokens, at the front of its row; a row without tokens
-    has no place for its score. ``whitened``: variance 1 over all tokens, the mean kept, with ``reduce`` over all
-    workers.
+    has no place for its score. ``whitened``: variance 1 over all tokens, the mean kept.
     """
     mask_BT = mask_BT.bool()
     rewards_BT = scores_B.new_zeros(mask_BT.shape) if kl_BT is None else -kl_coefficient * kl_BT
@@ -117,4 +115,4 @@ def token_rewards(
     last_B1 = mask_BT.sum(dim=1, keepdim=True) - 1
     is_last_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device) == last_B1
     rewards_BT = rewards_BT + is_last_BT * scores_B[:, None]
-    return whiten(rewards_BT, mask_BT, shift_mean=False, reduce=reduce) if whitened else rewards_BT
+    return whiten(rewards_BT, mask_BT, shift_mean=False) if whitened else rewards_BT

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmada.training.advantages import GroupAdvantages, Reduce
+from mmada.training.advantages import GroupAdvantages
 
 
 @dataclass
@@ -150,7 +150,7 @@ class LossParts:
         return LossParts(**{name: mine + theirs for name, (mine, theirs) in pairs.items()}, ratio_max=highest)
 
 
-AdvantageFunction = Callable[[ScoredBatch, AdvantageSettings, float, Reduce], Advantages]
+AdvantageFunction = Callable[[ScoredBatch, AdvantageSettings, float], Advantages]
 LossFunction = Callable[[PolicyBatch, LossSettings, Counts], LossParts]
 
 
@@ -158,8 +158,7 @@ LossFunction = Callable[[PolicyBatch, LossSettings, Counts], LossParts]
 class Algorithm:
     """One algorithm.
 
-    ``advantages(batch, settings, kl_coefficient, reduce)``: ``batch`` holds whole groups where ``uses_groups``;
-    ``reduce`` sums a tensor over the workers among whom the batch is split, None where there is one.
+    ``advantages(batch, settings, kl_coefficient)``: of a whole batch, which every worker has.
     ``loss(batch, settings, counts)``.
     ``needs_values``: a critic. ``uses_groups``: several samples of each prompt. ``kl_in``: where the divergence from
     the reference counts. ``whitens_advantages``: each minibatch's advantages are whitened before its loss, unless the

@@ -6,7 +6,7 @@ answers count less.
 
 from __future__ import annotations
 
-from mmada.training.advantages import Reduce, group_advantages
+from mmada.training.advantages import group_advantages
 from mmada.training.algorithms.base import (
     Advantages,
     AdvantageSettings,
@@ -21,9 +21,7 @@ from mmada.training.algorithms.surrogate import add_kl, constant_mean, token_sur
 from mmada.training.kl import shape_scores
 
 
-def advantages(
-    batch: ScoredBatch, settings: AdvantageSettings, kl_coefficient: float, reduce: Reduce = None
-) -> Advantages:
+def advantages(batch: ScoredBatch, settings: AdvantageSettings, kl_coefficient: float) -> Advantages:
     """score - mean within the group, the same for every token. Raises ValueError where the batch has no groups."""
     if batch.groups_B is None:
         raise ValueError("dr_grpo asks for groups_B; say which completions are of one prompt")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmada.training.advantages import Reduce, group_advantages
+from mmada.training.advantages import group_advantages
 from mmada.training.algorithms.base import (
     Advantages,
     AdvantageSettings,
@@ -17,9 +17,7 @@ from mmada.training.algorithms.surrogate import add_kl, sequence_mean, token_sur
 from mmada.training.kl import shape_scores
 
 
-def advantages(
-    batch: ScoredBatch, settings: AdvantageSettings, kl_coefficient: float, reduce: Reduce = None
-) -> Advantages:
+def advantages(batch: ScoredBatch, settings: AdvantageSettings, kl_coefficient: float) -> Advantages:
     """(score - mean) / (std + 1e-4) within the group, the same for every token of a completion.
 
     The divergence is in the loss. Raises ValueError where the batch has no groups.

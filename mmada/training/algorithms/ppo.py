@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import torch
 
-from mmada.training.advantages import Reduce, gae
+from mmada.training.advantages import gae
 from mmada.training.algorithms.base import (
     Advantages,
     AdvantageSettings,
@@ -45,9 +45,7 @@ from mmada.training.algorithms.surrogate import kl_of_samples, report_kl, token_
 from mmada.training.kl import shape_scores, token_rewards
 
 
-def advantages(
-    batch: ScoredBatch, settings: AdvantageSettings, kl_coefficient: float, reduce: Reduce = None
-) -> Advantages:
+def advantages(batch: ScoredBatch, settings: AdvantageSettings, kl_coefficient: float) -> Advantages:
     """Generalised advantages of every token, from the divergence at each and the score at the last.
 
     Raises:
@@ -57,7 +55,7 @@ def advantages(
         raise ValueError("ppo asks for values_BT; give the batch a critic's, or use grpo, rloo or reinforce")
     scores_B = shape_scores(batch.scores_B, batch.finished_B, settings.missing_end_penalty, settings.score_clip)
     kl_BT = kl_of_samples(batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, settings.kl_estimator)
-    rewards_BT = token_rewards(scores_B, batch.mask_BT, kl_BT, kl_coefficient, settings.whiten_rewards, reduce)
+    rewards_BT = token_rewards(scores_B, batch.mask_BT, kl_BT, kl_coefficient, settings.whiten_rewards)
     advantages_BT, returns_BT = gae(rewards_BT, batch.values_BT, batch.mask_BT, settings.gamma, settings.gae_lambda)
     return Advantages(advantages_BT, returns_BT, None if kl_BT is None else kl_BT.sum(dim=1))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from mmada.training.advantages import Reduce
 from mmada.training.algorithms.base import (
     Advantages,
     AdvantageSettings,
@@ -23,10 +22,8 @@ from mmada.training.algorithms.surrogate import kl_of_samples, log_ratio, report
 from mmada.training.kl import shape_scores
 
 
-def advantages(
-    batch: ScoredBatch, settings: AdvantageSettings, kl_coefficient: float, reduce: Reduce = None
-) -> Advantages:
-    """score - β · divergence of the completion, less the mean over the batch of all workers unless ``baseline`` is off.
+def advantages(batch: ScoredBatch, settings: AdvantageSettings, kl_coefficient: float) -> Advantages:
+    """score - β · divergence of the completion, less the mean over the batch unless ``baseline`` is off.
 
     The same for every token of a completion.
     """
@@ -36,9 +33,7 @@ def advantages(
     if kl_B is not None:
         rewards_B = rewards_B - kl_coefficient * kl_B
     if settings.baseline:
-        total = torch.stack([rewards_B.sum(), rewards_B.new_tensor(len(rewards_B))])
-        total = total if reduce is None else reduce(total)
-        rewards_B = rewards_B - total[0] / total[1]
+        rewards_B = rewards_B - rewards_B.mean()
     return Advantages(rewards_B[:, None] * batch.mask_BT, kl_B=kl_B)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mmada.training.advantages import Reduce, group_advantages
+from mmada.training.advantages import group_advantages
 from mmada.training.algorithms.base import (
     Advantages,
     AdvantageSettings,
@@ -29,9 +29,7 @@ from mmada.training.algorithms.surrogate import (
 from mmada.training.kl import shape_scores
 
 
-def advantages(
-    batch: ScoredBatch, settings: AdvantageSettings, kl_coefficient: float, reduce: Reduce = None
-) -> Advantages:
+def advantages(batch: ScoredBatch, settings: AdvantageSettings, kl_coefficient: float) -> Advantages:
     """(score - β · divergence of the completion) less the others' mean, the same for every token.
 
     Raises ValueError where the batch has no groups.

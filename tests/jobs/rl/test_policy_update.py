@@ -133,7 +133,7 @@ class PlainLoop:
         settings = AdvantageSettings(
             ppo.gamma, ppo.gae_lambda, ppo.kl_estimator, ppo.whiten_rewards, ppo.missing_end_penalty
         )
-        advantages = self.algorithm.advantages(scored, settings, self.coefficient, None)
+        advantages = self.algorithm.advantages(scored, settings, self.coefficient)
         for group in self.optimizer.param_groups:
             group["lr"] = ppo.learning_rate * (1 - iteration / ppo.iterations)
         steps = []

@@ -86,20 +86,6 @@ def test_whitening_gives_the_golden_numbers_whatever_stands_behind_a_row():
     assert kept_N.std().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_whitening_over_workers_is_whitening_of_all_their_rows():
-    x_BT, _, mask_BT = ragged([3, 8, 5, 1], 8)
-    whole_BT = whiten(x_BT, mask_BT)
-    filled_BT = x_BT.nan_to_num()
-    other = filled_BT[2:][mask_BT[2:]]
-    mean = filled_BT[mask_BT].mean()
-    # what the second worker would contribute to the two sums, in turn
-    theirs = iter(
-        [torch.stack([other.sum(), torch.tensor(float(len(other))).double()]), (other - mean).square().sum()[None]]
-    )
-    mine_BT = whiten(x_BT[:2], mask_BT[:2], reduce=lambda sums: sums + next(theirs))
-    torch.testing.assert_close(mine_BT, whole_BT[:2], **EXACT)
-
-
 def test_group_advantages_give_the_golden_numbers():
     scores_N = torch.tensor([2.5, 0, 0.5, 2]).double()
     unbiased = group_advantages(scores_N, 4, "grpo")

@@ -28,7 +28,7 @@ KL_B = torch.tensor([1.0 + 0 - 1, 2 + 0, 0, 0 + 1 + 3]).double()  # log π - log
 
 
 def test_ppo_pays_each_tokens_divergence_where_it_falls():
-    found = ALGORITHMS["ppo"].advantages(BATCH, SETTINGS, 0.1, None)
+    found = ALGORITHMS["ppo"].advantages(BATCH, SETTINGS, 0.1)
     rewards_BT = torch.tensor([[-0.1, 0, 0.1 + 1], [-0.2, 0, 0], [2.5, 0, 0], [0, -0.1, -0.3 + 2]]).double()
     expected_BT, expected_returns_BT = gae(rewards_BT, BATCH.values_BT, MASK_BT, 0.9, 0.8)
     torch.testing.assert_close(found.advantages_BT, expected_BT)
@@ -40,7 +40,7 @@ def test_ppo_whitens_rewards_without_moving_their_mean():
     def mean_reward(whiten_rewards: bool) -> tuple[float, float]:
         settings = replace(SETTINGS, whiten_rewards=whiten_rewards, gamma=0.0)
         batch = replace(BATCH, values_BT=torch.zeros(4, 3).double())  # then advantages are the rewards
-        rewards_N = ALGORITHMS["ppo"].advantages(batch, settings, 0.1, None).advantages_BT[MASK_BT]
+        rewards_N = ALGORITHMS["ppo"].advantages(batch, settings, 0.1).advantages_BT[MASK_BT]
         return rewards_N.mean().item(), rewards_N.std().item()
 
     (mean, std), (whitened_mean, whitened_std) = mean_reward(False), mean_reward(True)
@@ -61,7 +61,7 @@ def test_ppo_whitens_rewards_without_moving_their_mean():
     ],
 )
 def test_a_completions_tokens_share_its_advantage(name: str, expected: list[float]):
-    found = ALGORITHMS[name].advantages(BATCH, SETTINGS, 0.1, None)
+    found = ALGORITHMS[name].advantages(BATCH, SETTINGS, 0.1)
     torch.testing.assert_close(found.advantages_BT, torch.tensor(expected).double()[:, None] * MASK_BT)
     assert found.returns_BT is None
     if ALGORITHMS[name].kl_in == "reward":
@@ -70,15 +70,13 @@ def test_a_completions_tokens_share_its_advantage(name: str, expected: list[floa
         assert found.groups.num_groups == 2
 
 
-def test_reinforces_baseline_is_the_mean_over_workers_and_can_be_left_out():
-    def advantages(batch: ScoredBatch, settings: AdvantageSettings, reduce) -> list[float]:
-        return ALGORITHMS["reinforce"].advantages(batch, settings, 0.0, reduce).advantages_BT[:, 0].tolist()
+def test_reinforces_baseline_is_the_mean_of_the_batch_and_can_be_left_out():
+    def advantages(settings: AdvantageSettings) -> list[float]:
+        half = ScoredBatch(BATCH.scores_B[:2], MASK_BT[:2], LOGPROBS_BT[:2])
+        return ALGORITHMS["reinforce"].advantages(half, settings, 0.0).advantages_BT[:, 0].tolist()
 
-    half = ScoredBatch(BATCH.scores_B[:2], MASK_BT[:2], LOGPROBS_BT[:2])
-    other_worker = torch.tensor([5.0, 2.0]).double()
-    plain = AdvantageSettings()
-    assert advantages(half, plain, lambda sums: sums + other_worker) == [1 - 1.5, -1.5]
-    assert advantages(half, replace(plain, baseline=False), None) == [1, 0]
+    assert advantages(AdvantageSettings()) == [0.5, -0.5]
+    assert advantages(AdvantageSettings(baseline=False)) == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -86,12 +84,12 @@ def test_reinforces_baseline_is_the_mean_over_workers_and_can_be_left_out():
 )
 def test_what_an_algorithm_rests_on_must_be_there(name: str, missing: str):
     with pytest.raises(ValueError, match=f"{name} asks for {missing}"):
-        ALGORITHMS[name].advantages(replace(BATCH, **{missing: None}), SETTINGS, 0.1, None)
+        ALGORITHMS[name].advantages(replace(BATCH, **{missing: None}), SETTINGS, 0.1)
 
 
 def test_without_a_reference_nothing_is_paid():
     for name in ("ppo", "rloo", "reinforce"):
-        free = ALGORITHMS[name].advantages(replace(BATCH, reference_logprobs_BT=None), SETTINGS, 0.1, None)
-        unpriced = ALGORITHMS[name].advantages(BATCH, SETTINGS, 0.0, None)
+        free = ALGORITHMS[name].advantages(replace(BATCH, reference_logprobs_BT=None), SETTINGS, 0.1)
+        unpriced = ALGORITHMS[name].advantages(BATCH, SETTINGS, 0.0)
         torch.testing.assert_close(free.advantages_BT, unpriced.advantages_BT)
         assert free.kl_B is None
