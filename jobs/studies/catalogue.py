@@ -143,14 +143,13 @@ POLICY = policy_study(
 )
 POLICY_FILTERING = policy_study(
     "Filtering numbers by trial and reward",
-    PolicyTask(least_before=0.35, more_steps=25),
+    PolicyTask(least_before=0.3, more_steps=25),
     [
         "tasks.family=number_filtering",
-        "tasks.config={min_numbers: 2, max_numbers: 2, min_value: 0, max_value: 9, max_decimals: 0}",
-        "tasks.size=1500",
-        "train.steps=250",
-        "train.sequence_length=112",
-        "ppo.max_new_tokens=12",
+        "tasks.config={min_numbers: 2, max_numbers: 2, min_value: 0, max_value: 19, max_decimals: 0}",
+        "train.steps=425",
+        "train.sequence_length=120",
+        "ppo.max_new_tokens=16",
         "ppo.iterations=100",
     ],
 )

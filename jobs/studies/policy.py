@@ -1,12 +1,14 @@
 """One trial of a study of reinforcement learning: a warm-up that all variants of a seed share, then ``mmada ppo``.
 
 Both run as a user runs them, with Ray and MLflow, and take the whole machine: trials go one after the other. The runs
-stay where ``run.dir`` is set in the study's overrides, and vanish with the study where it is not.
+stay where ``run.dir`` is set in the study's overrides, and vanish with the study where it is not. A study that begins
+again with the same ``run.dir`` takes those that are done as they are.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,19 +23,27 @@ from jobs.studies.study import PolicyTask
 if TYPE_CHECKING:
     from jobs.studies.trial import Trial
 
+DONE = "study.json"  # in a run's folder, once the run is done
+
 
 def run_policy_trial(trial: Trial) -> dict[str, float]:
     """Warm up if this seed has not been, improve, and measure; every measure of ``PolicyTask`` by name."""
     assert isinstance(trial.study.task, PolicyTask)
     folder = runs_folder(trial)
-    warm_up = folder / f"warm-up-{trial.seed}"
-    if not warm_up.exists():
+    warm_up, done = folder / f"warm-up-{trial.seed}", folder / f"warm-up-{trial.seed}" / DONE
+    if not done.exists():
+        shutil.rmtree(warm_up, ignore_errors=True)
         warm(trial, warm_up)
+        done.write_text("{}\n")
     name = f"{trial.variant.replace(' ', '-')}-{trial.seed}"
     keys = [*trial.study.overrides(trial.variant, trial.seed), *trial.overrides, f"run.dir={folder}"]
-    started = time.perf_counter()
-    mmada("ppo", trial.study.recipe, [*keys, f"ppo.start_from={warm_up}", f"run.name={name}"])
-    minutes = (time.perf_counter() - started) / 60
+    done = folder / name / DONE
+    if not done.exists():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        started = time.perf_counter()
+        mmada("ppo", trial.study.recipe, [*keys, f"ppo.start_from={warm_up}", f"run.name={name}"])
+        done.write_text(json.dumps({"minutes": (time.perf_counter() - started) / 60}) + "\n")
+    minutes = json.loads(done.read_text())["minutes"]
     summary = json.loads((folder / name / "summary.json").read_text())
     rewards = [row["reward"] for row in read_metrics(folder / name, up_to=sys.maxsize)]
     return {

@@ -11,10 +11,10 @@ from jobs import cli
 from jobs.recipe import load_recipe
 from jobs.studies.catalogue import STUDIES
 from jobs.studies.intervals import Interval, interval, verdict
-from jobs.studies.policy import jitter
+from jobs.studies.policy import jitter, run_policy_trial
 from jobs.studies.run import check_variant, gain_of
 from jobs.studies.study import Claim
-from jobs.studies.trial import save_untrained
+from jobs.studies.trial import Trial, save_untrained
 
 
 def test_the_interval_is_students():
@@ -37,6 +37,28 @@ def test_the_interval_is_students():
 )
 def test_a_verdict_says_what_the_interval_allows(gain, margin, said):
     assert verdict(gain, margin) == said
+
+
+def test_a_study_of_a_policy_takes_runs_that_are_done_as_they_are(tmp_path):
+    for name, content in (("warm-up-1", {}), ("grpo-1", {"minutes": 4.5})):
+        (tmp_path / name / "logs").mkdir(parents=True)
+        (tmp_path / name / "study.json").write_text(json.dumps(content))
+    summary = {"accuracy_before": 0.2, "accuracy_after": 0.5, "logprob_gap": 1e-6}
+    (tmp_path / "grpo-1" / "summary.json").write_text(json.dumps(summary))
+    rows = [{"step": step, "reward": reward} for step, reward in enumerate((0.0, 0.25, 0.25, 0.5), start=1)]
+    (tmp_path / "grpo-1" / "logs" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = run_policy_trial(Trial(STUDIES["policy"], "grpo", 1, [f"run.dir={tmp_path}"], None, ""))
+    assert found == pytest.approx(
+        {
+            "before": 0.2,
+            "after": 0.5,
+            "gain": 0.3,
+            "minutes": 4.5,
+            "reward variance": 0.03125,
+            "reward jitter": (0.0625 + 0 + 0.0625) / 3 / 2,
+            "gap": 1e-6,
+        }
+    )
 
 
 @pytest.mark.parametrize("name", sorted(STUDIES))
