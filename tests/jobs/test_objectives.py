@@ -249,7 +249,7 @@ def test_weights_to_begin_with_pass_the_checks(trained, tmp_path):
         (["model.hidden_size=32"], r"has .* of shape \(264, 64\), and this recipe's model needs \(264, 32\)"),
         (["model.num_hidden_layers=3", "model.mlp_layer_types=[dense, moe, moe]"], "lacks model.layers.2"),
         (["model.num_hidden_layers=1", "model.mlp_layer_types=dense"], "has model.layers.1.*lacks"),
-        (["train.start_from=/nowhere"], "train.start_from=/nowhere cannot be used"),
+        (["train.start_from=/nowhere"], "train.start_from=/nowhere is not a folder"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_anything_starts(trained, tmp_path, keys, said):
