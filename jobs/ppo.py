@@ -22,7 +22,7 @@ from cluster.exchange import Exchange
 from jobs.driver import Driver, RunRecord, only_cpus, recipe_for_workers, start
 from jobs.recipe import Recipe
 from jobs.rl.evaluation_loop import EvaluationLoop
-from jobs.rl.ledger import DRIVER_FILE, LedgerFile
+from jobs.rl.ledger import DRIVER_FILE, LedgerFile, entries, ledger_totals
 from jobs.rl.policy_source import REFERENCE, write_reference
 from jobs.rl.reward_worker import RewardWorker
 from jobs.rl.rollout_loop import RolloutLoop
@@ -257,4 +257,5 @@ class PPORun(Driver):
             "logprob_gap": max(gaps, default=None),
             "rewards_failed": sum(curves.get("rewards_failed", {}).values()),
             "actors_replaced": self.replaced,
+            "ledger": ledger_totals(entries(self.run_dir)),
         }

@@ -106,10 +106,16 @@ def entries(run_dir: Path) -> list[Entry]:
     return [trained[iteration] for iteration in sorted(trained)]
 
 
-def skipped(found: list[Entry]) -> list[int]:
-    """Iterations before the last one of ``entries`` that were never trained on."""
+def ledger_totals(found: list[Entry]) -> dict[str, int]:
+    """What became of all trajectories of ``entries``, and how many iterations before the last were never trained."""
     known = {entry.iteration for entry in found}
-    return [iteration for iteration in range(max(known, default=-1)) if iteration not in known]
+    return {
+        "trained": sum(len({*(entry.trained or ())}) for entry in found),
+        "dropped": sum(len(entry.dropped) for entry in found),
+        "lost": sum(len(entry.lost) for entry in found),
+        "doubled": sum(len(entry.doubled) for entry in found),
+        "skipped_iterations": max(known, default=-1) + 1 - len(known),
+    }
 
 
 def copy_for_checkpoint(run_dir: Path, iterations: int, target: Path) -> None:

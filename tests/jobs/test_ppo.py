@@ -111,6 +111,15 @@ def check_ledger(run_dir: Path) -> list[Entry]:
         assert entry.prompts == drawn.tolist()
         assert entry.lost == [] and entry.doubled == [] and entry.dropped == {}
         assert set(entry.versions.values()) == {entry.iteration}
+    totals = json.loads((run_dir / "summary.json").read_text())["ledger"]
+    samples = recipe.ppo.prompts_per_iteration * recipe.ppo.samples_per_prompt
+    assert totals == {
+        "trained": recipe.ppo.iterations * samples,
+        "dropped": 0,
+        "lost": 0,
+        "doubled": 0,
+        "skipped_iterations": 0,
+    }
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.rl.ledger import DRIVER_FILE, LEARNER_FILE, LedgerFile, copy_for_checkpoint, entries, restore, skipped
+from jobs.rl.ledger import DRIVER_FILE, LEARNER_FILE, LedgerFile, copy_for_checkpoint, entries, ledger_totals, restore
 
 
 class Run:
@@ -54,7 +54,9 @@ def test_a_whole_run_has_lost_nothing_and_done_nothing_twice(run: Run):
         run.train(1, iteration)
     run.train(1, 3, slots=(1,))
     found = entries(run.folder)
-    assert [entry.iteration for entry in found] == [0, 1, 2, 3] and skipped(found) == []
+    assert [entry.iteration for entry in found] == [0, 1, 2, 3]
+    totals = {"trained": 7, "dropped": 1, "lost": 0, "doubled": 0, "skipped_iterations": 0}
+    assert ledger_totals(found) == totals
     assert not any(entry.lost or entry.doubled for entry in found)
     assert found[3].dropped == {(0, 0): "the reward was NaN"} and found[2].prompts == [4, 5]
 
@@ -63,6 +65,7 @@ def test_what_is_neither_trained_nor_dropped_is_lost(run: Run):
     run.train(1, 0, slots=(1,))
     (entry,) = entries(run.folder)
     assert entry.lost == [(0, 0)] and entry.doubled == []
+    assert ledger_totals([entry])["lost"] == 1
 
 
 def test_an_iteration_that_is_learned_twice_shows(run: Run):
@@ -70,7 +73,9 @@ def test_an_iteration_that_is_learned_twice_shows(run: Run):
     run.train(1, 0)
     run.train(1, 2)
     found = entries(run.folder)
-    assert found[0].doubled == [(0, 0), (1, 0)] and skipped(found) == [1]
+    assert found[0].doubled == [(0, 0), (1, 0)]
+    totals = ledger_totals(found)
+    assert (totals["doubled"], totals["skipped_iterations"]) == (2, 1)
 
 
 def test_what_is_trained_and_dropped_shows(run: Run):

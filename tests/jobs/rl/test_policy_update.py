@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ppo, critic of its own, adaptive price, rewards whitened": PPO
     | {
         "ppo.value_network": "separate",
+        "ppo.value_learning_rate_factor": 3.0,
         "ppo.kl_target": 0.5,
         "ppo.kl_horizon": 20,
         "ppo.whiten_rewards": True,
@@ -101,9 +102,11 @@ class PlainLoop:
         self.model, self.algorithm = build(recipe), ALGORITHMS[recipe.ppo.algorithm]
         self.coefficient = recipe.ppo.kl_coefficient
         betas = (recipe.train.beta1, recipe.train.beta2)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=0, betas=betas, eps=recipe.ppo.adam_epsilon, weight_decay=0
-        )
+        critic = [p for name, p in self.model.named_parameters() if not name.startswith("policy.")]
+        groups = [{"params": self.model.policy.parameters(), "factor": 1.0}]
+        if critic:
+            groups.append({"params": critic, "factor": recipe.ppo.value_learning_rate_factor})
+        self.optimizer = torch.optim.AdamW(groups, lr=0, betas=betas, eps=recipe.ppo.adam_epsilon, weight_decay=0)
 
     def judge(self, batch: Experience, rows: np.ndarray) -> Any:
         lengths = torch.from_numpy((batch.prompt_lengths_N + batch.completion_lengths_N)[rows])
@@ -135,7 +138,7 @@ class PlainLoop:
         )
         advantages = self.algorithm.advantages(scored, settings, self.coefficient)
         for group in self.optimizer.param_groups:
-            group["lr"] = ppo.learning_rate * (1 - iteration / ppo.iterations)
+            group["lr"] = group["factor"] * ppo.learning_rate * (1 - iteration / ppo.iterations)
         steps = []
         for epoch in range(num_epochs(ppo)):
             order = np.random.default_rng([self.seed, iteration, epoch]).permutation(len(batch))
