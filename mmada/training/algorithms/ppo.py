@@ -7,8 +7,8 @@ checks most), and where each is honoured:
 |---|---|
 | logits divided by the sampling temperature | log-probabilities come so: ``mmada.actor_critic``, ``mmada.generation`` |
 | value head starts at 0 | ``mmada.actor_critic`` |
-| reward head starts at N(0, 1 / sqrt(d + 1)), bias 0; reward brought to mean 0, variance 1 before it is used (after its
-  training alone, not before it, too) | ``mmada.reward_model`` |
+| reward head starts at N(0, 1 / sqrt(d + 1)), bias 0 | ``mmada.reward_model`` |
+| reward brought to mean 0, variance 1 before it is used | ``mmada.reward_model``; after its training alone |
 | reward model trained for one epoch | left to its recipe's ``train.steps``; the shipped one takes two |
 | no dropout | ``mmada.actor_critic``, which never leaves evaluation |
 | left padding with right positions | rows are padded at the right for learning; ``mmada.model`` reads either |

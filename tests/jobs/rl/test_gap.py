@@ -12,9 +12,10 @@ from cluster.weights import pack
 from jobs.engine_settings import policy_settings
 from jobs.recipe import Recipe
 from jobs.rl.experience import Experience, collect
+from jobs.rl.policy_source import REFERENCE
 from jobs.rl.policy_update import PolicyUpdate
 from jobs.rl.rollout_loop import sample_seeds
-from jobs.rl.rollout_worker import REFERENCE, Request, RolloutWorker
+from jobs.rl.rollout_worker import Request, RolloutWorker
 from mmada.actor_critic import POLICY, ActorCritic
 from mmada.tokenizer import ByteTokenizer
 from tests.jobs.rl.experiences import small_recipe

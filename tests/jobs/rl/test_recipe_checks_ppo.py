@@ -79,6 +79,14 @@ def test_the_policy_to_start_from_has_the_recipes_architecture(tmp_path: Path):
         check_ppo(completed(load_recipe("ppo-debug", [f"ppo.start_from={saved}", "model.intermediate_size=96"])))
 
 
+def test_a_resumed_run_needs_its_start_no_more(tmp_path: Path):
+    keys = ["ppo.start_from=gone", "run.resume=true", f"run.dir={tmp_path}", "run.name=run"]
+    with pytest.raises(RecipeError, match="ppo.start_from=gone is not a folder"):
+        check_ppo(completed(load_recipe("ppo-debug", keys)))
+    (tmp_path / "run" / "reference").mkdir(parents=True)
+    check_ppo(completed(load_recipe("ppo-debug", keys)))
+
+
 def test_language_and_reward_models_do_not_take_each_others_place(tmp_path: Path):
     config = model_config(load_recipe("ppo-debug"))
     for name, kind in (("language", MMaDAForCausalLM), ("reward", MMaDARewardModel)):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -19,18 +20,21 @@ import torch
 from cluster.actor_pool import ActorPool, ActorResources, PoolEvent
 from cluster.exchange import Exchange, Stopped
 from cluster.session import RaySession
-from cluster.weights import pack, publish
+from cluster.weights import fetch, pack, publish
 from jobs.rl.evaluation_loop import EvaluationLoop
 from jobs.rl.experience import Experience
 from jobs.rl.ledger import DRIVER_FILE, LedgerFile
+from jobs.rl.policy_source import REFERENCE
 from jobs.rl.reward_worker import RewardWorker
 from jobs.rl.rollout_loop import RolloutLoop
-from jobs.rl.rollout_worker import REFERENCE, Probe, RolloutWorker
+from jobs.rl.rollout_worker import Probe, RolloutWorker
 from jobs.task_source import load_recipe_tasks
 from mmada.model import MMaDAForCausalLM
 from mmada.presets import build_config
 from mmada.tokenizer import ByteTokenizer
 from tests.jobs.rl.experiences import small_recipe
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
 WAIT_S = 90
 PROMPTS, SAMPLES = 8, 2
@@ -298,7 +302,38 @@ def test_damaged_and_misnumbered_weights_end_the_run(stage: Stage):
         assert reason in loop.failure
 
 
+@ray.remote(num_cpus=0)
+class Publisher:
+    """Owns what it publishes."""
+
+    def publish(self, packed):
+        return [ray.put(packed)]
+
+
 def _flipped(stage: Stage):
     packed = pack(((name, each) for name, each in stage.model.named_parameters()), 0)
     packed.buffer[1000] ^= 1
     return packed
+
+
+def test_a_reason_that_nobody_had_read_yet_is_not_lost(stage: Stage):
+    with stage.loop() as (loop, exchange):
+        loop.is_over = True  # the learners have ended, and the loop notices before it reads why
+        time.sleep(2)
+        assert loop.failure is None
+        exchange.stop("loss of iteration 2 is nan")
+        loop.run()
+        assert loop.failure == "loss of iteration 2 is nan"
+
+
+def test_weights_of_replaced_learners_are_no_version_of_those_that_follow(stage: Stage):
+    actor = RolloutWorker(stage.recipe.model_dump(), str(stage.folder), threads=1)
+    actor.load(1, 3, [stage.weights(3)], None)
+    assert actor.version == 3
+    publisher = Publisher.remote()
+    lost = ray.get(publisher.publish.remote(stage.weights(2)), timeout=WAIT_S)
+    ray.kill(publisher)
+    wait_until(lambda: fetch(lost[0], 1) is None, "the weights to be lost with who had them")
+    loaded = actor.load(2, 2, lost, None)
+    assert (loaded.problem, actor.version) == (None, None)
+    assert actor.sample([], 2).trajectories is None
