@@ -7,6 +7,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 NAME ?= quickstart-$(shell date +%m%d-%H%M%S)
+# Test files at a time: a test of a whole run mostly waits for processes to start.
+JOBS ?= 2
 
 # Without .pyc files every start of every worker compiles the whole stack anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,8 +27,8 @@ install: $(INSTALLED) ## make or renew the environment in .venv/ and nothing els
 quickstart: $(INSTALLED) ## train a small mixture-of-experts model on real text (NAME=... names the run)
 	@.venv/bin/mmada train jobs/recipes/quickstart.yaml run.name=$(NAME)
 
-test: $(INSTALLED) ## run every test (ARGS="tests/jobs -k plan" for some)
-	@.venv/bin/pytest $(ARGS)
+test: $(INSTALLED) ## run every test (ARGS="tests/jobs -k plan" for some, JOBS=1 for one file after the other)
+	@.venv/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED) ## ruff (lint and format) and mypy
 	@.venv/bin/ruff check .

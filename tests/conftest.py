@@ -6,6 +6,9 @@ import pytest
 
 # Set on some machines; every process that a test starts would compile the whole stack anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Several test files at a time share the cores out.
+if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tokenizers warn about every fork after their own threads have run.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
