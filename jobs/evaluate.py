@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from jobs.checkpoint_folder import holds_reward_model, model_folder, recipe_of
 from jobs.driver import shown_path
 from jobs.evaluation import bits_per_byte
 from jobs.evaluation_tasks import Answer, EvaluationResult, accuracy_of, held_out_accuracy, score_of
+from jobs.learned_problems import Question, learned_questions, question_of
 from jobs.objectives.objective import Place
 from jobs.objectives.reward import held_out_metrics, judge, preferences
 from jobs.plan_report import table_of
@@ -80,7 +81,7 @@ def _run(checkpoint: str, overrides: Sequence[str], settings: Settings) -> int:
     if isinstance(model, MMaDARewardModel):
         found = evaluate_pairs(model, tokenizer, recipe, console)
     elif recipe.tasks is not None:
-        found = evaluate_tasks(model, tokenizer, recipe, settings, console)
+        found = evaluate_tasks(model, tokenizer, recipe, learned_questions(checkpoint), settings, console)
     else:
         found = evaluate_text(model, tokenizer, recipe, recipe_of(checkpoint), console)
     if settings.json_file is not None:
@@ -123,15 +124,27 @@ def evaluate_tasks(
     model: MMaDAForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
+    learned: Set[Question],
     settings: Settings,
     console: Console,
 ) -> dict[str, Any]:
-    """Accuracy and mean score on held-out problems, by family and in all."""
+    """Accuracy and mean score on held-out problems, by family and in all; those that were ``learned`` are left out.
+
+    Raises RecipeError where none is left.
+    """
     tasks = load_recipe_tasks(recipe)
+    items = [item for item in tasks.held_out if question_of(item) not in learned]
+    if not items:
+        raise RecipeError(
+            f"tasks.held_out={tasks.source.held_out} keeps nothing apart that this model has not learned from; use the "
+            "tasks section that it was trained with, or another tasks.seed"
+        )
     longest = settings.max_new_tokens or default_length(recipe, tokenizer)
     how = "greedy" if settings.temperature == 0 else f"temperature {settings.temperature:g}"
     each = "" if settings.samples == 1 else f", {settings.samples} samples each"
-    console.print(f"tasks    {len(tasks.held_out):,} held-out problems, {how}{each}, at most {longest} new tokens")
+    known = len(tasks.held_out) - len(items)
+    left_out = f" ({known:,} more were learned from and are left out)" if known else ""
+    console.print(f"tasks    {len(items):,} held-out problems{left_out}, {how}{each}, at most {longest} new tokens")
     try:
         result = held_out_accuracy(
             model,
@@ -142,6 +155,7 @@ def evaluate_tasks(
             samples=settings.samples,
             seed=settings.seed,
             slots=settings.slots,
+            items=items,
         )
     except ValueError as error:
         raise DataError(f"--max-new-tokens={longest} cannot be sampled: {error}") from error

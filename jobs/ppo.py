@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluster.actor_pool import ActorPool, ActorResources, PoolEvent
 from cluster.errors import ClusterError
 from cluster.exchange import Exchange
 from jobs.driver import Driver, RunRecord, only_cpus, recipe_for_workers, start
+from jobs.learned_problems import check_unseen
 from jobs.recipe import Recipe
 from jobs.rl.evaluation_loop import EvaluationLoop
 from jobs.rl.ledger import DRIVER_FILE, LedgerFile, entries, ledger_totals
@@ -53,6 +52,8 @@ def run(recipe: Recipe) -> int:
     Raises RecipeError, DataError or ClusterError before anything has started.
     """
     tasks = load_recipe_tasks(recipe)
+    if not recipe.run.resume:
+        check_unseen(tasks, recipe.ppo.start_from if recipe.ppo is not None else None, "ppo.start_from")
     return start(recipe, lambda run_dir: PPORun(recipe, run_dir, tasks))
 
 
@@ -149,7 +150,7 @@ class PPORun(Driver):
             )
             ledger = LedgerFile(self.run_dir / DRIVER_FILE)
             stack.callback(ledger.close)
-            evaluation = EvaluationLoop(own, len(self.tasks.held_out), set(self.accuracy), self._evaluated)
+            evaluation = EvaluationLoop(own, len(self.tasks.held_out), self.accuracy, self._evaluated)
             loop = RolloutLoop(
                 self.recipe,
                 self.tasks,
@@ -186,11 +187,11 @@ class PPORun(Driver):
             self.replaced += 1
             self.line.say(f"{kind} actor {event.actor} replaced after {event.seconds:.1f} s")
 
-    def _evaluated(self, version: int, found: list[tuple[int, bool]]) -> None:
-        accuracy = self.accuracy[version] = float(np.mean([is_solved for _, is_solved in found]))
+    def _evaluated(self, version: int, num_problems: int) -> None:
+        accuracy = self.accuracy[version]
         self._remember(accuracy=self.accuracy)
         self.tracker.log(version, {"held_out_accuracy": accuracy})
-        self.line.say(f"held out {accuracy:.1%} of {len(found)} problems solved after iteration {version}")
+        self.line.say(f"held out {accuracy:.1%} of {num_problems} problems solved after iteration {version}")
 
     def _tabulate(self, iteration: int, scored: list[tuple[Trajectory, float]]) -> None:
         """Some texts of a batch, for MLflow."""
@@ -216,10 +217,11 @@ class PPORun(Driver):
     def words(self, row: dict[str, Any]) -> list[str]:
         """Reward, divergence, speed."""
         parts = [f"reward {row['reward']:.3f}"]
-        if self.accuracy:
-            parts.append(f"held out {self.accuracy[max(self.accuracy)]:.1%}")
-        kl = row.get("kl", row["reference_kl"])
-        return [*parts, f"kl {kl:.3f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
+        if measured := [*self.accuracy.items()]:  # the other thread adds to them
+            parts.append(f"held out {max(measured)[1]:.1%}")
+        kl = row.get("kl", row.get("reference_kl"))  # neither without a reference
+        parts += [] if kl is None else [f"kl {kl:.3f}"]
+        return [*parts, f"{row['tokens_per_second']:,.0f} tokens/s"]
 
     def figures(self) -> dict[str, Any]:
         """The reward's curve."""

@@ -204,7 +204,7 @@ class PPOSection(Section):
     """Share of a batch that may be dropped, because its reward or its sampling failed. Beyond it the run stops."""
 
     max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
-    """How far learners and rollout actors may differ in a token's log-probability before the run stops; null: 1e-4 in
+    """How far learners and rollout actors may differ in a token's log-probability before the run stops; null: 1e-3 in
     fp32, 0.5 in bf16."""
 
     checkpoint_every: Annotated[int, Field(ge=0)] = 10

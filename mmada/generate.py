@@ -48,7 +48,10 @@ def stream_text(
     inputs = tokenizer(prompt, return_tensors="pt")
     streamer, decoder = _TokenQueue(), IncrementalDecoder(tokenizer)
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        # top_k: left out, transformers takes the 50 likeliest alone
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
+        if temperature > 0
+        else {"do_sample": False}
     )
     torch.manual_seed(seed)
     failure: list[BaseException] = []

@@ -7,6 +7,7 @@ always is: nothing newer comes, and the run waits for it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import fmean
 
 from cluster.actor_pool import ActorPool, Done
 from jobs.recipe_schema_rl import PPOSection
@@ -20,10 +21,11 @@ class EvaluationLoop:
         self,
         settings: PPOSection,
         num_items: int,
-        known: set[int],
-        on_result: Callable[[int, list[tuple[int, bool]]], None],
+        known: dict[int, float],
+        on_result: Callable[[int, int], None],
     ) -> None:
-        """``known``: versions that need no evaluation any more; ``on_result``: gets version and (problem, solved)s."""
+        """``known``: accuracies by version, kept up to date here; ``on_result`` gets the version that has come to it,
+        and of how many problems."""
         self.settings, self.num_items = settings, num_items
         self.known, self.on_result = known, on_result
         self.version = -1
@@ -56,10 +58,13 @@ class EvaluationLoop:
         for first in range(0, self.num_items, share):
             self._submit([*range(first, min(first + share, self.num_items))], pool)
 
-    def forget(self) -> None:
-        """What was under way counts for nothing."""
+    def forget(self, start: int) -> None:
+        """Learners begin again at version ``start``: what was under way, or measured of versions behind it, counts for
+        nothing. Those to come are other policies, where sampling runs ahead or their number has changed."""
         self._waiting.clear()
         self._last_waits = False
+        for version in [version for version in self.known if version > start]:
+            del self.known[version]
 
     def take(self, done: Done, pool: ActorPool) -> str | None:
         """Take in a finished call; why evaluation cannot go on, or None."""
@@ -78,8 +83,8 @@ class EvaluationLoop:
             self._waiting.clear()
         if not self._waiting:
             if found.version == self.version:
-                self.known.add(self.version)
-                self.on_result(self.version, self._found)
+                self.known[self.version] = fmean(is_solved for _, is_solved in self._found)
+                self.on_result(self.version, len(self._found))
             if self._last_waits:
                 self.begin(self.settings.iterations, pool)
         return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from jobs.recipe import Recipe
 
-_LIMITS = {"fp32": 1e-4, "bf16": 0.5}  # by train.precision
+# By train.precision. In fp32 the gap of an ordinary token is about 1e-6; it grows with the logits, and on tokens that a
+# sharp policy seldom draws it reaches 1e-4 by rounding alone. Weights that are one update behind differ by far more.
+_LIMITS = {"fp32": 1e-3, "bf16": 0.5}
 
 
 def max_logprob_gap(recipe: Recipe) -> float:

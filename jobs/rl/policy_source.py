@@ -30,14 +30,22 @@ def write_reference(recipe: Recipe, folder: Path) -> None:
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     if (saved := saved_reference(recipe)) is not None:
-        shutil.copytree(saved, aside)
+        copy_files(saved, aside)
     elif recipe.ppo.start_from is not None:
-        shutil.copytree(model_folder(recipe.ppo.start_from, "ppo.start_from"), aside)
+        copy_files(model_folder(recipe.ppo.start_from, "ppo.start_from"), aside)
     else:
         model = build_model(recipe)
         model.save_pretrained(aside)
         load_tokenizer(recipe.data.tokenizer).save_pretrained(aside)
     aside.rename(folder)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """A model's own files: what tools keep in folders beside them (.git, .cache) is none of it."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file():
+            shutil.copy2(file, target / file.name)
 
 
 def saved_reference(recipe: Recipe) -> Path | None:

@@ -260,6 +260,8 @@ class PolicyUpdate:
         metrics["kl_coefficient"] = self.kl.coefficient
         if advantages.kl_B is not None:
             metrics["kl"] = float(advantages.kl_B.mean())  # nats per completion
+        if scored.reference_logprobs_BT is None:  # nothing was compared
+            del metrics["reference_kl"], metrics["kl_coefficient"]
         if scored.values_BT is None or advantages.returns_BT is None:
             del metrics["value_loss"], metrics["value_clip_fraction"]
         else:

@@ -91,11 +91,12 @@ class RolloutLoop:
         self.calls = 0
         self.held: dict[int, list[Any]] = {}  # by call: requests, or trajectories to score
         self.heard_at: float | None = None  # when learners last published
-        self.is_over = False  # set by the driver, too, when the learners have ended
+        self.released: int | None = None  # the generation of learners that have what they need
+        self.is_over = False  # set by the driver when the learners have ended
 
     def run(self) -> None:
-        """Until the learners have what they need. ``failure`` says what went wrong; what nobody foresaw is also raised,
-        for the log."""
+        """Until the driver says that the learners have ended. ``failure`` says what went wrong; what nobody foresaw is
+        also raised, for the log."""
         try:
             self._run()
         except Stopped as stopped:  # by the learners
@@ -139,7 +140,7 @@ class RolloutLoop:
         self.rewards.cancel_all()
         self.making.clear()
         self.held.clear()
-        self.evaluation.forget()
+        self.evaluation.forget(begun.start)
         self.generation, self.start, self.next, self.version = begun.generation, begun.start, begun.start, -1
         self.ledger.write("begin", generation=begun.generation, start=begun.start)
 
@@ -180,9 +181,10 @@ class RolloutLoop:
         while self.version >= 0 and self.next < iterations and self.next - self.version <= staleness:
             self._draw(self.next)
             self.next += 1
-        if self.version >= iterations and not self.evaluation.is_busy:
-            self.exchange.offer(self.generation, iterations, ray.put(None))  # the learners may go
-            self.is_over = True
+        if self.version >= iterations and not self.evaluation.is_busy and self.released != self.generation:
+            # The learners may go. Should they die on the way, before their last checkpoint, others begin again.
+            self.exchange.offer(self.generation, iterations, ray.put(None))
+            self.released = self.generation
 
     def _draw(self, iteration: int) -> None:
         settings = self.settings

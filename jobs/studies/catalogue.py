@@ -109,7 +109,7 @@ PATCHES = Study(
 )
 
 
-def policy_study(title: str, task: PolicyTask, common: list[str]) -> Study:
+def policy_study(title: str, task: PolicyTask, grpo_learning_rate: float, common: list[str]) -> Study:
     """What policy-gradient algorithms make of one family of problems."""
     return Study(
         title=title,
@@ -121,7 +121,7 @@ def policy_study(title: str, task: PolicyTask, common: list[str]) -> Study:
                 "ppo.algorithm=grpo",
                 "ppo.prompts_per_iteration=32",
                 "ppo.samples_per_prompt=8",
-                "ppo.epochs=2",
+                f"ppo.learning_rate={grpo_learning_rate}",
             ],
             "reinforce": ["ppo.algorithm=reinforce", "ppo.epochs=null"],
         },
@@ -139,18 +139,22 @@ def policy_study(title: str, task: PolicyTask, common: list[str]) -> Study:
 
 
 POLICY = policy_study(
-    "Spelling backward by trial and reward", PolicyTask(least_before=0.15, more_steps=10), ["train.steps=190"]
+    "Spelling backward by trial and reward",
+    PolicyTask(least_before=0.1, more_steps=15),
+    grpo_learning_rate=6e-4,
+    common=["train.steps=150"],
 )
 POLICY_FILTERING = policy_study(
     "Filtering numbers by trial and reward",
-    PolicyTask(least_before=0.3, more_steps=25),
-    [
+    PolicyTask(least_before=0.2, more_steps=25),
+    grpo_learning_rate=3e-4,
+    common=[
         "tasks.family=number_filtering",
         "tasks.config={min_numbers: 2, max_numbers: 2, min_value: 0, max_value: 19, max_decimals: 0}",
-        "train.steps=425",
+        "train.steps=450",
         "train.sequence_length=120",
         "ppo.max_new_tokens=16",
-        "ppo.iterations=100",
+        "ppo.learning_rate=3e-4",
     ],
 )
 

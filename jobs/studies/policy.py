@@ -2,7 +2,7 @@
 
 Both run as a user runs them, with Ray and MLflow, and take the whole machine: trials go one after the other. The runs
 stay where ``run.dir`` is set in the study's overrides, and vanish with the study where it is not. A study that begins
-again with the same ``run.dir`` takes those that are done as they are.
+again with the same ``run.dir`` takes those that are done with the same settings as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.progress import read_metrics
 from jobs.recipe import load_recipe
@@ -30,20 +30,19 @@ def run_policy_trial(trial: Trial) -> dict[str, float]:
     """Warm up if this seed has not been, improve, and measure; every measure of ``PolicyTask`` by name."""
     assert isinstance(trial.study.task, PolicyTask)
     folder = runs_folder(trial)
-    warm_up, done = folder / f"warm-up-{trial.seed}", folder / f"warm-up-{trial.seed}" / DONE
-    if not done.exists():
+    warm_up, warm_keys = folder / f"warm-up-{trial.seed}", warm_up_keys(trial)
+    if finished(warm_up, trial, warm_keys) is None:
         shutil.rmtree(warm_up, ignore_errors=True)
-        warm(trial, warm_up)
-        done.write_text("{}\n")
+        warm(trial, warm_up, warm_keys)
+        finish(warm_up, trial, warm_keys)
     name = f"{trial.variant.replace(' ', '-')}-{trial.seed}"
     keys = [*trial.study.overrides(trial.variant, trial.seed), *trial.overrides, f"run.dir={folder}"]
-    done = folder / name / DONE
-    if not done.exists():
+    if finished(folder / name, trial, keys) is None:
         shutil.rmtree(folder / name, ignore_errors=True)
         started = time.perf_counter()
         mmada("ppo", trial.study.recipe, [*keys, f"ppo.start_from={warm_up}", f"run.name={name}"])
-        done.write_text(json.dumps({"minutes": (time.perf_counter() - started) / 60}) + "\n")
-    minutes = json.loads(done.read_text())["minutes"]
+        finish(folder / name, trial, keys, minutes=(time.perf_counter() - started) / 60)
+    minutes = (finished(folder / name, trial, keys) or {})["minutes"]
     summary = json.loads((folder / name / "summary.json").read_text())
     rewards = [row["reward"] for row in read_metrics(folder / name, up_to=sys.maxsize)]
     return {
@@ -57,12 +56,38 @@ def run_policy_trial(trial: Trial) -> dict[str, float]:
     }
 
 
-def warm(trial: Trial, run_dir: Path) -> None:
+def finished(run_dir: Path, trial: Trial, keys: list[str]) -> dict[str, Any] | None:
+    """What ``finish`` noted of a run that was done with these very settings; None where there is no such run."""
+    note = run_dir / DONE
+    found = json.loads(note.read_text()) if note.exists() else {}
+    return found if found.get("settings") == settings_of(trial, keys) else None
+
+
+def finish(run_dir: Path, trial: Trial, keys: list[str], **values: Any) -> None:
+    """Note that a run is done, and with what."""
+    (run_dir / DONE).write_text(json.dumps({"settings": settings_of(trial, keys), **values}) + "\n")
+
+
+def settings_of(trial: Trial, keys: list[str]) -> dict[str, Any]:
+    """Everything that decides what a run does: the recipe as it stands now and what is set over it."""
+    task = trial.study.task
+    assert isinstance(task, PolicyTask)
+    rule = {"least_before": task.least_before, "more_steps": task.more_steps}
+    return {"recipe": load_recipe(trial.study.recipe, keys).model_dump(mode="json"), "warm_up": rule}
+
+
+def warm_up_keys(trial: Trial) -> list[str]:
+    """What is set in the warm-up of a trial's seed."""
+    study, folder = trial.study, runs_folder(trial)
+    assert isinstance(study.task, PolicyTask)
+    keys = [*study.common, *study.task.warm_up, *trial.overrides, f"run.seed={trial.seed}"]
+    return [*keys, f"run.dir={folder}", f"run.name=warm-up-{trial.seed}"]
+
+
+def warm(trial: Trial, run_dir: Path, keys: list[str]) -> None:
     """Train on answers until enough problems are solved; raises RuntimeError where ten times the steps do not do."""
     study = trial.study
     assert isinstance(study.task, PolicyTask)
-    keys = [*study.common, *study.task.warm_up, *trial.overrides, f"run.seed={trial.seed}"]
-    keys += [f"run.dir={run_dir.parent}", f"run.name={run_dir.name}"]
     first = load_recipe(study.recipe, keys).train.steps
     for steps in range(first, 10 * first, study.task.more_steps):
         mmada("train", study.recipe, [*keys, f"train.steps={steps}", f"run.resume={str(steps > first).lower()}"])

@@ -153,7 +153,7 @@ def read_preferences(path: str, held_out: float, limit: int | None = None) -> Pr
     count = 0
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")  # JSON strings may hold what else ends a line
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"data.path={file} cannot be read ({error}); give a JSONL file in UTF-8") from error
         for number, line in enumerate(lines, start=1):

@@ -34,6 +34,7 @@ class RewardSample:
         return dict(zip(COLUMNS, values, strict=True))
 
 
+LARGEST = 1e9  # of a reward's magnitude: its square, and the sum of many, must stay far within float32
 COLUMNS = ("answer", "family", "entry", "index", "is_ended")
 
 
@@ -89,9 +90,15 @@ def _checked(value: Any, name: str) -> RewardResult:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         return RewardResult(None, f"{name} gave {_described(value)}; a reward is a number")
-    if not math.isfinite(value):
-        return RewardResult(None, f"{name} gave {float(value)}; a reward is a finite number")
-    return RewardResult(float(value))
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond every float
+        number = math.inf
+    if not math.isfinite(number):
+        return RewardResult(None, f"{name} gave {number}; a reward is a finite number")
+    if abs(number) > LARGEST:
+        return RewardResult(None, f"{name} gave {number:g}; a reward is at most {LARGEST:g} in magnitude")
+    return RewardResult(number)
 
 
 def _described(value: Any) -> str:

@@ -74,6 +74,15 @@ def evaluated(folder: Path, monkeypatch, capsys, *arguments: str) -> tuple[dict,
     return json.loads((folder / "found.json").read_text()), out
 
 
+def test_problems_that_were_learned_from_are_left_out(trained, monkeypatch, capsys):
+    folder, _ = trained
+    found, out = evaluated(folder, monkeypatch, capsys, "sums", "tasks.held_out=20")
+    assert found["accuracy"]["count"] == 12
+    assert "12 held-out problems (8 more were learned from and are left out)" in out
+    learned = {item.prompt for item in load_tasks(SUMS).train}
+    assert all(answer["prompt"] not in learned for answer in found["answers"])
+
+
 def test_problems_are_solved_as_often_as_training_said(trained, monkeypatch, capsys):
     folder, metrics = trained
     found, out = evaluated(folder, monkeypatch, capsys, "sums", "--show", "1")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from jobs import cli
 from jobs.recipe import load_recipe
 from jobs.studies.catalogue import STUDIES
 from jobs.studies.intervals import Interval, interval, verdict
-from jobs.studies.policy import jitter, run_policy_trial
+from jobs.studies.policy import finish, finished, jitter, run_policy_trial, warm_up_keys
 from jobs.studies.run import check_variant, gain_of
 from jobs.studies.study import Claim
 from jobs.studies.trial import Trial, save_untrained
@@ -40,14 +41,19 @@ def test_a_verdict_says_what_the_interval_allows(gain, margin, said):
 
 
 def test_a_study_of_a_policy_takes_runs_that_are_done_as_they_are(tmp_path):
-    for name, content in (("warm-up-1", {}), ("grpo-1", {"minutes": 4.5})):
+    trial = Trial(STUDIES["policy"], "grpo", 1, [f"run.dir={tmp_path}"], None, "")
+    for name in ("warm-up-1", "grpo-1"):
         (tmp_path / name / "logs").mkdir(parents=True)
-        (tmp_path / name / "study.json").write_text(json.dumps(content))
+    finish(tmp_path / "warm-up-1", trial, warm_up_keys(trial))
+    keys = [*trial.study.overrides("grpo", 1), *trial.overrides, f"run.dir={tmp_path}"]
+    finish(tmp_path / "grpo-1", trial, keys, minutes=4.5)
     summary = {"accuracy_before": 0.2, "accuracy_after": 0.5, "logprob_gap": 1e-6}
     (tmp_path / "grpo-1" / "summary.json").write_text(json.dumps(summary))
     rows = [{"step": step, "reward": reward} for step, reward in enumerate((0.0, 0.25, 0.25, 0.5), start=1)]
     (tmp_path / "grpo-1" / "logs" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = run_policy_trial(Trial(STUDIES["policy"], "grpo", 1, [f"run.dir={tmp_path}"], None, ""))
+    found = run_policy_trial(trial)
+    other = replace(trial, overrides=[*trial.overrides, "ppo.iterations=7"])
+    assert finished(tmp_path / "grpo-1", other, [*keys, "ppo.iterations=7"]) is None  # a run with other settings
     assert found == pytest.approx(
         {
             "before": 0.2,

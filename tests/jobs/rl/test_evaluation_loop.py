@@ -31,7 +31,7 @@ def make(iterations: int, every: int) -> tuple[EvaluationLoop, Calls, dict[int, 
     recipe = load_recipe("ppo-debug", [f"ppo.iterations={iterations}", f"ppo.evaluate_every={every}"])
     assert recipe.ppo is not None
     results: dict[int, int] = {}
-    loop = EvaluationLoop(recipe.ppo, 6, set(), lambda version, found: results.update({version: len(found)}))
+    loop = EvaluationLoop(recipe.ppo, 6, {}, lambda version, count: results.update({version: count}))
     return loop, Calls(), results
 
 
@@ -83,6 +83,23 @@ def test_actors_that_have_not_taken_it_up_yet_are_asked_again():
 def test_new_learners_forget_what_was_under_way():
     loop, calls, results = make(4, 0)
     loop.begin(0, calls)
-    loop.forget()
+    loop.forget(0)
     calls.answer(loop, 0)
     assert not loop.is_busy and results == {}
+
+
+def test_what_learners_do_again_is_measured_again():
+    loop, calls, results = make(4, 1)
+    for version in (0, 1, 2):
+        loop.begin(version, calls)
+        while calls.asked:
+            calls.answer(loop, version)
+    assert loop.known == {0: 0.5, 1: 0.5, 2: 0.5}
+    loop.forget(1)  # versions 0 and 1 are those of the checkpoint, 2 will be another policy
+    assert loop.known == {0: 0.5, 1: 0.5}
+    results.clear()
+    for version in (1, 2):
+        loop.begin(version, calls)
+        while calls.asked:
+            calls.answer(loop, version)
+    assert results == {2: 6}

@@ -222,6 +222,22 @@ def test_two_workers_learn_what_a_plain_loop_learns(kind: str, recipes, together
         assert np.abs(after - logprobs.numpy())[mask].max() < 2e-5, topology
 
 
+def without_reference(rank: int, recipe: Recipe) -> dict[str, float]:
+    from cluster.engine import Engine
+
+    model = ActorCritic(build_model(recipe), "shared")
+    update = PolicyUpdate(recipe, Engine(model, policy_settings(recipe, model)), torch.device("cpu"))
+    batch = make_experience(model, 0)
+    batch.reference_logprobs_NC = None
+    return update.learn(0, batch)
+
+
+def test_what_was_compared_with_nothing_is_not_reported(tmp_path: Path):
+    one = {"cluster.workers": 1, "cluster.expert_parallel": 1, "train.zero_stage": 1}
+    (metrics,) = run_together(1, without_reference, small_recipe(tmp_path, **PPO, **one, **{"ppo.kl_coefficient": 0}))
+    assert "policy_loss" in metrics and not {"kl", "reference_kl", "kl_coefficient"} & metrics.keys()
+
+
 def test_both_workers_report_the_same(together):
     for key, (metrics, _) in together[0].items():
         assert metrics == together[1][key][0]

@@ -40,6 +40,13 @@ WAIT_S = 90
 PROMPTS, SAMPLES = 8, 2
 
 
+class NoEvaluation(EvaluationLoop):
+    """Nothing is due here; ``tests/jobs/rl/test_evaluation_loop.py`` has what is."""
+
+    def is_due(self, version: int) -> bool:
+        return False
+
+
 class Stage:
     """Pools that all tests share, and a loop for each."""
 
@@ -100,8 +107,7 @@ class Stage:
         for _ in range(self.loops):  # so that no two loops on these pools have learners of one number
             exchange.begin(0)
         ledger = LedgerFile(self.folder / DRIVER_FILE)
-        known = {0, 3}  # nothing is evaluated here
-        evaluation = EvaluationLoop(recipe.ppo, 0, known, lambda version, scores: None)
+        evaluation = NoEvaluation(recipe.ppo, 0, {}, lambda version, count: None)
         loop = RolloutLoop(
             recipe,
             self.tasks,
@@ -269,6 +275,23 @@ def test_learners_that_begin_again_get_the_same_batches(stage: Stage, undisturbe
         assert contents(taken(exchange, 0)) == contents(undisturbed)
         exchange.publish(1, ([stage.weights(1)], None))
         assert contents(taken(exchange, 1)) == contents(second)
+
+
+def test_learners_that_die_when_they_may_already_go_get_what_they_miss(stage: Stage, undisturbed: Experience):
+    """The last version is published before the last checkpoint is whole."""
+    with stage.loop() as (loop, exchange):
+        exchange.begin(0)
+        for version in range(4):
+            exchange.publish(version, ([stage.weights(version)], None))
+            released = exchange.take(version, WAIT_S)
+        assert ray.get(released) is None and loop.next == 3  # they may go, and die instead
+        exchange.begin(0)
+        exchange.publish(0, ([stage.weights(0)], None))
+        assert contents(taken(exchange, 0)) == contents(undisturbed)
+        for version in range(1, 4):
+            exchange.publish(version, ([stage.weights(version)], None))
+            released = exchange.take(version, WAIT_S)
+        assert ray.get(released) is None and loop.failure is None
 
 
 def probe_of(stage: Stage, batch: Experience) -> Probe:

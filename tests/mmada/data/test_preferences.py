@@ -103,6 +103,13 @@ def test_pairs_are_read_with_the_scores_that_are_there(tmp_path):
     assert len(read_preferences(str(tmp_path), 0.3, limit=10).train) < 11  # a folder of files
 
 
+def test_characters_that_end_lines_elsewhere_may_stand_in_a_pair(tmp_path):
+    lines = [json.dumps(pair(n) | {"prompt": f"{n}\u2028\x85 and more"}, ensure_ascii=False) for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
+    found = read_preferences(str(tmp_path / "pairs.jsonl"), 0.3)
+    assert {p.prompt for p in (*found.train, *found.held_out)} == {f"{n}\u2028\x85 and more" for n in range(20)}
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reasoning_gym
 
+from mmada.data.task_scoring import is_formula
 from mmada.data.tasks import TaskSet, TaskSource, load_tasks
 from mmada.errors import DataError
 
@@ -162,6 +163,29 @@ def test_no_scorer_runs_what_was_written_and_answers_still_count(family, config,
     for item in tasks.train:
         assert tasks.score(item, answer(item)) == pytest.approx(score)
         assert tasks.score(item, item.answer) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "texts"),
+    [  # names that the scorers have for what is right
+        ("string_insertion", {}, ["entry['answer']", "oracle_answer", "[oracle_answer][0]"]),
+        ("spiral_matrix", {}, ["[entry['answer']]", "[oracle_answer]"]),
+        ("binary_matrix", {}, ["entry['metadata']['solution']"]),
+        ("n_queens", {"n": 4, "min_remove": 1, "max_remove": 2}, ["entry['metadata']['solutions'][0]"]),
+    ],
+)
+def test_no_completion_can_ask_for_the_answer(family, config, texts):
+    tasks = load_tasks(TaskSource(family, size=2, held_out=0, config=config))
+    assert [tasks.score(tasks.train[0], text) for text in texts] == [0.0] * len(texts)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("family", ["simple_integration", "intermediate_integration"])
+def test_powers_that_would_never_end_are_not_begun(family):
+    tasks = load_tasks(TaskSource(family, size=1, held_out=0))
+    for text in ("9**9**9", "9**(9**9)", "(((9**99)**99)**99)**99", "2**1e9", "x**x**x"):
+        assert tasks.score(tasks.train[0], text) == 0
+    assert is_formula("x**(3/2)/3 - (x**2 + 1)**10/4 + exp(-x)**2 + C", {})
 
 
 def test_the_guard_is_needed_where_it_stands(tmp_path: Path):

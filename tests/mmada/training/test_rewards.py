@@ -41,6 +41,8 @@ def test_anything_but_one_entry_per_sample_fails_the_whole_call(values: object, 
         (float("nan"), "gave nan"),
         (float("-inf"), "gave -inf"),
         (np.float32("nan"), "gave nan"),
+        (1e39, "gave 1e+39; a reward is at most 1e+09 in magnitude"),  # finite, and infinite in float32
+        (-(10**400), "gave inf"),
         (None, "gave None"),
         (True, "gave bool True"),
         (np.True_, "gave bool True"),
