@@ -109,7 +109,7 @@ PATCHES = Study(
 )
 
 
-def policy_study(title: str, task: PolicyTask, grpo_learning_rate: float, common: list[str]) -> Study:
+def policy_study(title: str, task: PolicyTask, common: list[str]) -> Study:
     """What policy-gradient algorithms make of one family of problems."""
     return Study(
         title=title,
@@ -121,7 +121,7 @@ def policy_study(title: str, task: PolicyTask, grpo_learning_rate: float, common
                 "ppo.algorithm=grpo",
                 "ppo.prompts_per_iteration=32",
                 "ppo.samples_per_prompt=8",
-                f"ppo.learning_rate={grpo_learning_rate}",
+                "ppo.epochs=2",
             ],
             "reinforce": ["ppo.algorithm=reinforce", "ppo.epochs=null"],
         },
@@ -139,22 +139,21 @@ def policy_study(title: str, task: PolicyTask, grpo_learning_rate: float, common
 
 
 POLICY = policy_study(
-    "Spelling backward by trial and reward",
-    PolicyTask(least_before=0.1, more_steps=15),
-    grpo_learning_rate=6e-4,
-    common=["train.steps=150"],
+    "Spelling backward by trial and reward", PolicyTask(least_before=0.1, more_steps=15), ["train.steps=150"]
 )
-POLICY_FILTERING = policy_study(
-    "Filtering numbers by trial and reward",
-    PolicyTask(least_before=0.2, more_steps=25),
-    grpo_learning_rate=3e-4,
-    common=[
-        "tasks.family=number_filtering",
-        "tasks.config={min_numbers: 2, max_numbers: 2, min_value: 0, max_value: 19, max_decimals: 0}",
-        "train.steps=450",
-        "train.sequence_length=120",
-        "ppo.max_new_tokens=16",
-        "ppo.learning_rate=3e-4",
+POLICY_ARITHMETIC = policy_study(
+    "Sums of three numbers by trial and reward",
+    PolicyTask(least_before=0.1, more_steps=25),
+    [
+        "tasks.family=basic_arithmetic",
+        'tasks.config={min_terms: 3, max_terms: 3, min_digits: 1, max_digits: 1, operators: ["+", "-"], '
+        "allow_parentheses: false, allow_negation: false}",
+        "tasks.size=2400",  # with those held out nearly all that there are
+        "train.steps=250",
+        "train.sequence_length=32",
+        "ppo.max_new_tokens=6",
+        "ppo.minibatch=128",
+        "ppo.temperature=0.7",
     ],
 )
 
@@ -165,5 +164,5 @@ STUDIES: dict[str, Study] = {
     "experts": EXPERTS,
     "patches": PATCHES,
     "policy": POLICY,
-    "policy-filtering": POLICY_FILTERING,
+    "policy-arithmetic": POLICY_ARITHMETIC,
 }

@@ -12,6 +12,7 @@ from cluster.weights import pack
 from jobs.engine_settings import policy_settings
 from jobs.recipe import Recipe
 from jobs.rl.experience import Experience, collect
+from jobs.rl.logprob_gap import max_logprob_gap
 from jobs.rl.policy_source import REFERENCE
 from jobs.rl.policy_update import PolicyUpdate
 from jobs.rl.rollout_loop import sample_seeds
@@ -68,21 +69,24 @@ def gaps(rank: int, recipe: Recipe, names: list[str], run_dir: Path) -> dict[str
     return found
 
 
-def stale(rank: int, recipe: Recipe, run_dir: Path) -> tuple[float, float]:
-    """The gaps that a probe and a batch show when version 0's weights are handed over as version 1."""
+def stale(rank: int, recipe: Recipe, run_dir: Path, sharpness: float) -> tuple[float, float, float]:
+    """The gap of a batch whose policy is the learner's, and those that a probe and a batch show when version 0's
+    weights are handed over as version 1. ``sharpness``: what all logits are multiplied with."""
     from cluster.engine import Engine
 
     model = ActorCritic(make_mixture("attention", torch.float32), "shared")
+    with torch.no_grad():
+        model.policy.model.norm.weight *= sharpness
     model.policy.save_pretrained(run_dir / REFERENCE)
     actor = RolloutWorker(recipe.model_dump(), str(run_dir), threads=1)
     update = PolicyUpdate(recipe, Engine(model, policy_settings(recipe, model)), torch.device("cpu"))
     old = [(key, each.detach().clone()) for key, each in model.policy.named_parameters()]
     actor.take_up(0, pack(old, 0), None)
     batch = sampled(actor, ByteTokenizer(), 0)
-    update.learn(0, batch)
+    fresh = update.learn(0, batch)["logprob_gap"]
     gap = actor.take_up(1, pack(old, 1), update.probe(batch))
     assert gap is not None
-    return gap, update.learn(1, sampled(actor, ByteTokenizer(), 1))["logprob_gap"]
+    return fresh, gap, update.learn(1, sampled(actor, ByteTokenizer(), 1))["logprob_gap"]
 
 
 def recipe_for(folder: Path, **overrides: Any) -> Recipe:
@@ -98,5 +102,13 @@ def test_every_mixture_is_sampled_as_it_is_learned(tmp_path: Path):
 
 
 def test_stale_weights_are_seen_by_both_comparisons(tmp_path: Path):
-    ((probe, batch),) = run_together(1, stale, recipe_for(tmp_path), tmp_path)
-    assert probe > 1e-3 and batch > 1e-3
+    ((fresh, probe, batch),) = run_together(1, stale, recipe_for(tmp_path), tmp_path, 1.0)
+    assert fresh < 1e-5 and probe > 1e-3 and batch > 1e-3
+
+
+def test_rounding_of_a_sharp_policy_is_no_gap_and_its_stale_weights_are(tmp_path: Path):
+    """Logits of some dozens, as trained models have, halve the digits that are left behind the point."""
+    recipe = recipe_for(tmp_path, **{"ppo.temperature": 0.5})
+    ((fresh, probe, batch),) = run_together(1, stale, recipe, tmp_path, 20.0)
+    limit = max_logprob_gap(recipe)
+    assert fresh < limit / 2 and probe > limit and batch > limit
