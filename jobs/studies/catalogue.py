@@ -143,7 +143,7 @@ POLICY = policy_study(
 )
 POLICY_ARITHMETIC = policy_study(
     "Sums of three numbers by trial and reward",
-    PolicyTask(least_before=0.1, more_steps=25),
+    PolicyTask(least_before=0.15, more_steps=25),
     [
         "tasks.family=basic_arithmetic",
         'tasks.config={min_terms: 3, max_terms: 3, min_digits: 1, max_digits: 1, operators: ["+", "-"], '
@@ -154,6 +154,7 @@ POLICY_ARITHMETIC = policy_study(
         "ppo.max_new_tokens=6",
         "ppo.minibatch=128",
         "ppo.temperature=0.7",
+        "ppo.iterations=200",
     ],
 )
 
