@@ -13,8 +13,9 @@ from mmada.errors import DataError
 def task_source(tasks: TasksSection) -> TaskSource:
     """The section in the words of ``mmada.data``."""
     family = tasks.family if isinstance(tasks.family, str) else tuple(tasks.family)
+    difficulty = tasks.difficulty if isinstance(tasks.difficulty, int) else tuple(tasks.difficulty)
     return TaskSource(
-        family, tasks.difficulty, tasks.seed, tasks.size, tasks.held_out, config=tasks.config, template=tasks.template
+        family, difficulty, tasks.seed, tasks.size, tasks.held_out, config=tasks.config, template=tasks.template
     )
 
 

@@ -27,7 +27,7 @@ def global_batch_indices(seed: int, step: int, global_batch: int, num_rows: int)
     indices = np.empty_like(rows)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
-        indices[here] = _epoch_permutation(seed, epoch, num_rows)[rows[here]]
+        indices[here] = epoch_permutation(seed, epoch, num_rows)[rows[here]]
     return indices
 
 
@@ -57,8 +57,16 @@ def rank_slice(indices: np.ndarray, rank: int, world: int) -> np.ndarray:
     return indices[rank * share : (rank + 1) * share]
 
 
-@lru_cache(maxsize=2)  # a batch needs one epoch, at an epoch's end two
-def _epoch_permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+def uniform_places(seed: int, step: int, global_batch: int) -> np.ndarray:
+    """A number in [0, 1) for each place of a step's global batch, shape (global_batch,): what chooses its source."""
+    # Another key than the permutations', which are made of (seed, epoch).
+    key = np.array([seed ^ 0x736F7572636573, step], dtype=np.uint64)
+    return (np.random.Philox(key=key).random_raw(global_batch) >> np.uint64(11)) / 2.0**53
+
+
+@lru_cache(maxsize=16)  # a batch needs one epoch of each source, at an epoch's end two
+def epoch_permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """All rows in the order of an epoch, shape (num_rows,); not to be written to."""
     # Sorting raw Philox words rather than Generator.permutation: numpy promises to keep a bit generator's stream from
     # release to release (NEP 19), not what a Generator makes of it.
     words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_rows)

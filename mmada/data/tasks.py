@@ -25,6 +25,8 @@ UNSTABLE_FAMILIES = ("codeio", "isomorphic_strings", "polynomial_multiplication"
 # A family that mixes others, by a configuration of its own.
 COMPOSITE_FAMILY = "composite"
 
+Kind = tuple[str, int]  # a family at a level of difficulty
+
 
 @dataclass(frozen=True)
 class TaskSource:
@@ -32,7 +34,8 @@ class TaskSource:
 
     Attributes:
         family: reasoning-gym's name of a family, or several, which then take turns.
-        difficulty: levels by which every attribute of the family's curriculum is raised, each at most to its last.
+        difficulty: levels by which every attribute of the family's curriculum is raised, each at most to its last; or
+            several, which then take turns.
         seed: another seed gives other items.
         size: items to train on, over all families.
         held_out: items with questions that are not trained on, over all families.
@@ -45,7 +48,7 @@ class TaskSource:
     """
 
     family: str | tuple[str, ...]
-    difficulty: int = 0
+    difficulty: int | tuple[int, ...] = 0
     seed: int = 0
     size: int = 1000
     held_out: int = 100
@@ -58,25 +61,41 @@ class TaskSource:
             raise DataError(f"tasks.family={list(families)} must name one family or more, each once")
         if "{question}" not in self.template:
             raise DataError(f"tasks.template={self.template!r} has no place for the question; write {{question}} in it")
-        for name, smallest in (("difficulty", 0), ("size", len(families)), ("held_out", 0)):
-            if getattr(self, name) < smallest:
-                raise DataError(f"tasks.{name}={getattr(self, name)} is too small; use {smallest} or more")
-        if 0 < self.held_out < len(families):
-            raise DataError(
-                f"tasks.held_out={self.held_out} leaves a family without items; use {len(families)} or more"
-            )
+        if not self.levels or len(set(self.levels)) < len(self.levels):
+            raise DataError(f"tasks.difficulty={list(self.levels)} must name one level or more, each once")
+        kinds = len(self.kinds)
+        for name, value, smallest in (
+            ("difficulty", min(self.levels), 0),
+            ("size", self.size, kinds),
+            ("held_out", self.held_out, 0),
+        ):
+            if value < smallest:
+                raise DataError(f"tasks.{name}={value} is too small; use {smallest} or more")
+        if 0 < self.held_out < kinds:
+            what = "a family" if len(self.levels) == 1 else "a level of a family"
+            raise DataError(f"tasks.held_out={self.held_out} leaves {what} without items; use {kinds} or more")
 
     @property
     def families(self) -> tuple[str, ...]:
         """The families by name, in turn."""
         return (self.family,) if isinstance(self.family, str) else tuple(self.family)
 
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels of difficulty, in turn."""
+        return (self.difficulty,) if isinstance(self.difficulty, int) else tuple(self.difficulty)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Every family at every level, in the order in which they take turns."""
+        return tuple((family, level) for level in self.levels for family in self.families)
+
 
 @dataclass(frozen=True)
 class TaskItem:
     """One task. ``index``: its place in its list; ``entry``: what reasoning-gym made, which its scorer asks for.
 
-    ``answer`` is None in families that have a scorer only.
+    ``answer`` is None in families that have a scorer only. ``level``: its difficulty.
     """
 
     index: int
@@ -84,26 +103,40 @@ class TaskItem:
     prompt: str
     answer: str | None
     entry: dict[str, Any] = field(repr=False)
+    level: int = 0
 
 
 class TaskSet:
     """The items of a source and their scorers. ``load_tasks`` makes one."""
 
-    def __init__(self, source: TaskSource, datasets: Mapping[str, Any]) -> None:
+    def __init__(self, source: TaskSource, datasets: Mapping[Kind, Any]) -> None:
         self.source = source
         self._datasets = datasets
-        drawn = {name: _draw(source, name, turn, datasets[name]) for turn, name in enumerate(source.families)}
-        self.held_out = self._items({name: held_out for name, (held_out, _) in drawn.items()}, source.held_out)
-        self.train = self._items({name: train for name, (_, train) in drawn.items()}, source.size)
+        drawn = {kind: _draw(source, kind, turn, datasets[kind]) for turn, kind in enumerate(source.kinds)}
+        held_out = {kind: entries for kind, (entries, _) in drawn.items()}
+        # Levels of a family may share questions: none that is held out at one is learned from at another.
+        known = {(family, entry["question"]) for (family, _), entries in held_out.items() for entry in entries}
+        train = {
+            kind: [entry for entry in entries if (kind[0], entry["question"]) not in known]
+            for kind, (_, entries) in drawn.items()
+        }
+        for (family, level), entries in train.items():
+            if not entries:
+                raise DataError(
+                    f"tasks.difficulty={level} of {family} has no question that is not held out at another level; use "
+                    "other levels, or less tasks.held_out"
+                )
+        self.held_out = self._items(held_out, source.held_out)
+        self.train = self._items(train, source.size)
 
-    def _items(self, entries: Mapping[str, list[dict[str, Any]]], count: int) -> list[TaskItem]:
+    def _items(self, entries: Mapping[Kind, list[dict[str, Any]]], count: int) -> list[TaskItem]:
         items = []
         for index in range(count):
-            turn, name = divmod(index, len(entries))
-            family = self.source.families[name]
-            entry = entries[family][turn % len(entries[family])]
+            turn, number = divmod(index, len(entries))
+            family, level = kind = self.source.kinds[number]
+            entry = entries[kind][turn % len(entries[kind])]
             prompt = self.source.template.replace("{question}", entry["question"])
-            items.append(TaskItem(index, family, prompt, entry["answer"], entry))
+            items.append(TaskItem(index, family, prompt, entry["answer"], entry, level))
         return items
 
     @property
@@ -125,12 +158,8 @@ class TaskSet:
         Raises:
             Exception: whatever the scorer raises, as some do on a text that is no answer at all.
         """
-        return self.score_entry(item.family, item.entry, completion)
-
-    def score_entry(self, family: str, entry: dict[str, Any], completion: str) -> float:
-        """``score`` of a ``TaskItem``'s family and entry, for those who hold these alone."""
         with _random_state_kept():
-            return score_text(self._datasets[family], family, entry, completion)
+            return score_text(self._datasets[item.family, item.level], item.family, item.entry, completion)
 
 
 def load_tasks(source: TaskSource) -> TaskSet:
@@ -143,7 +172,7 @@ def load_tasks(source: TaskSource) -> TaskSet:
         DataError: reasoning-gym is missing; an unknown family, or one that is not the same in every process; a value
             that the family refuses; a family with too few different questions.
     """
-    return TaskSet(source, {name: _dataset(source, name) for name in source.families})
+    return TaskSet(source, {kind: _dataset(source, *kind) for kind in source.kinds})
 
 
 def _registry() -> Mapping[str, tuple[type, type]]:
@@ -157,8 +186,8 @@ def _registry() -> Mapping[str, tuple[type, type]]:
     return DATASETS
 
 
-def _dataset(source: TaskSource, family: str) -> Any:
-    """reasoning-gym's data set of one family, long enough for all that ``_draw`` may ask."""
+def _dataset(source: TaskSource, family: str, level: int) -> Any:
+    """reasoning-gym's data set of one family at one level, long enough for all that ``_draw`` may ask."""
     registry = _registry()
     if family not in registry:
         close = get_close_matches(family, registry, n=1)
@@ -168,7 +197,7 @@ def _dataset(source: TaskSource, family: str) -> Any:
         raise DataError(f"tasks.family={family} makes other items in every process; use another family")
     if family == COMPOSITE_FAMILY:
         raise DataError(f"tasks.family={family} mixes families itself; give a list of families instead")
-    config, own = _configuration(source, family, registry[family][1]), _own_config(source, family)
+    config, own = _configuration(source, family, level, registry[family][1]), _own_config(source, family)
     place = _config_place(source, family)
     try:
         if hasattr(config, "validate"):
@@ -182,27 +211,27 @@ def _dataset(source: TaskSource, family: str) -> Any:
             values = " and ".join(f"{place}.{name}={own[name]!r}" for name in named)
             raise DataError(f"{values} cannot be used in {family}: {reason}; use another value") from error
         raise DataError(
-            f"tasks.difficulty={source.difficulty} cannot be used in {family}: {reason}; "
+            f"tasks.difficulty={level} cannot be used in {family}: {reason}; "
             f"use another difficulty, or set the field in {place}"
         ) from error
 
 
-def _configuration(source: TaskSource, family: str, config_class: type) -> Any:
+def _configuration(source: TaskSource, family: str, level: int, config_class: type) -> Any:
     """The family's configuration at this difficulty, with the source's own fields set, not yet validated."""
     from reasoning_gym.factory import create_curriculum, has_curriculum
 
-    fixed = {"seed": _family_seed(source, family), "size": _num_draws(source)}
+    fixed = {"seed": _family_seed(source, family, level), "size": _num_draws(source)}
     if has_curriculum(family):
         curriculum = create_curriculum(family)
         for name, attribute in curriculum.attributes.items():
             last = len(attribute.levels) - 1
-            curriculum.set_attr_level(name, min(attribute.default_level + source.difficulty, last))
+            curriculum.set_attr_level(name, min(attribute.default_level + level, last))
         config = curriculum.generate_configuration(fixed)
-    elif source.difficulty == 0:
+    elif level == 0:
         config = config_class(**fixed)
     else:
         raise DataError(
-            f"tasks.difficulty={source.difficulty}: {family} has no curriculum; use 0, and set fields of its "
+            f"tasks.difficulty={level}: {family} has no curriculum; use 0, and set fields of its "
             f"configuration in {_config_place(source, family)}"
         )
     known = [name for name in vars(config) if name not in fixed]
@@ -235,9 +264,13 @@ def _config_place(source: TaskSource, family: str) -> str:
     return "tasks.config" if len(source.families) == 1 else f"tasks.config.{family}"
 
 
-def _family_seed(source: TaskSource, family: str) -> int:
-    """A seed far from that of any other seed and family: the library's item i is that of seed + i."""
-    digest = hashlib.sha256(f"{source.seed}/{family}".encode()).digest()
+def _family_seed(source: TaskSource, family: str, level: int) -> int:
+    """A seed far from that of any other seed and family: the library's item i is that of seed + i.
+
+    The first of several levels draws as it would alone.
+    """
+    turn = source.levels.index(level)
+    digest = hashlib.sha256((f"{source.seed}/{family}" + f"/{level}" * (turn > 0)).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
@@ -246,12 +279,10 @@ def _num_draws(source: TaskSource) -> int:
     return 10 * (source.size + source.held_out) + 1000
 
 
-def _draw(
-    source: TaskSource, family: str, turn: int, dataset: Any
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Entries of one family with different questions: held out, and as many as can be had to train on."""
-    num_families = len(source.families)
-    num_held_out, num_train = (len(range(turn, count, num_families)) for count in (source.held_out, source.size))
+def _draw(source: TaskSource, kind: Kind, turn: int, dataset: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Entries of one family and level with different questions: held out, and as many as can be had to train on."""
+    family, num_kinds = kind[0], len(source.kinds)
+    num_held_out, num_train = (len(range(turn, count, num_kinds)) for count in (source.held_out, source.size))
     entries: dict[str, dict[str, Any]] = {}
     with _random_state_kept():
         for entry in _entries(dataset, family, _num_draws(source)):
