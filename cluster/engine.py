@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.ep_experts import GroupedExperts
+from deepspeed.moe.utils import configure_moe_param_groups
 from deepspeed.utils import groups, safe_set_full_fp32_param, safe_set_full_optimizer_state, set_z3_leaf_module
 from torch import Tensor, nn
 
 from cluster.errors import ClusterError
 from cluster.expert_names import DOWN, GATE, UP, ExpertNames
-from cluster.parameter_groups import FACTOR, parameter_groups
+from cluster.parameter_groups import FACTOR, FROZEN, SPLITS, WaitingAdamW, matches, parameter_groups
 
 # Elements that DeepSpeed gathers before it reduces gradients; its own default of 5e8 takes 2 GB in float32.
 REDUCE_BUCKET_SIZE = 50_000_000
@@ -46,6 +47,8 @@ class EngineSettings:
     weight_decay: float
     # Pairs of a regular expression and what the learning rate of parameters whose names hold it is multiplied with.
     learning_rate_factors: tuple[tuple[str, float], ...] = ()
+    # Regular expressions of parameter names that ``freeze`` may be asked for.
+    freezable: tuple[str, ...] = ()
     offload_optimizer: bool = False
     expert_parallel: int = 1
     expert_layout: dict[str, Any] | None = None
@@ -70,16 +73,6 @@ class EngineSettings:
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
-            "optimizer": {
-                "type": "AdamW",
-                "params": {
-                    "lr": self.learning_rate,
-                    "betas": list(self.betas),
-                    "eps": self.epsilon,
-                    "weight_decay": self.weight_decay,
-                    "torch_adam": True,  # PyTorch's own AdamW: no compiler needed when a run starts
-                },
-            },
         }
         if self.offload_optimizer:
             config["zero_force_ds_cpu_optimizer"] = False
@@ -103,6 +96,7 @@ class Engine:
         self.settings, self.module = settings, model
         self._names = ExpertNames(settings.expert_layout or _NO_EXPERTS)
         self._gradient_norm = 0.0
+        self._hooks: list[Any] = []
         # Without ZeRO in fp32 DeepSpeed steps the optimizer itself: no partitions, and no norm kept.
         self._is_plain = settings.zero_stage == 0 and settings.precision == "fp32"
         # An all-reduce for inference, which DeepSpeed would compile whenever a CPU is trained on (a minute and a
@@ -113,8 +107,11 @@ class Engine:
             if type(module).__name__ in settings.gathered_whole:
                 set_z3_leaf_module(module, True)
         config = settings.deepspeed_config()
-        groups = parameter_groups(model, settings.weight_decay, settings.learning_rate_factors)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        groups = parameter_groups(model, settings.weight_decay, settings.learning_rate_factors, settings.freezable)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, model_parameters=groups, optimizer=self._make_optimizer, config=config
+        )
         if settings.expert_parallel > 1 and settings.expert_ffn is not None and not torch.cuda.is_available():
             for module in model.modules():
                 if isinstance(module, GroupedExperts):
@@ -123,13 +120,70 @@ class Engine:
             if name.endswith("e_score_correction_bias"):  # steps of 1e-3 would be lost in 16 bits
                 buffer.data = buffer.data.float()
 
+    def _make_optimizer(self, groups: list[dict[str, Any]]) -> WaitingAdamW:
+        """PyTorch's own AdamW, but for what it passes over: no compiler is needed when a run starts."""
+        own = self.settings
+        if own.expert_parallel > 1:  # experts that workers share out are reduced apart
+            groups = configure_moe_param_groups(groups)
+        return WaitingAdamW(groups, lr=own.learning_rate, betas=own.betas, eps=own.epsilon)
+
     def forward(self, **batch: Any) -> Any:
         """The model's own output for this worker's rows."""
-        return self._engine(**batch)
+        output = self._engine(**batch)
+        tensors = output.values() if isinstance(output, Mapping) else [output]
+        self._hooks = [hooks for each in tensors for hooks in getattr(each, "_backward_hook_managers", ())]
+        return output
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one micro batch; the loss is divided by the number of micro batches here."""
         self._engine.backward(loss)
+
+    def gradient_products(self, losses: Sequence[Tensor]) -> Tensor:
+        """The products of the losses' gradients over all parameters that learn, (K, K) float64, alike on all workers.
+
+        The losses are of the last ``forward``, and may go backward afterwards. A gradient is that of the mean over
+        workers, as a step would take it. Raises ClusterError at ZeRO stage 3, where a worker has no parameter whole.
+        """
+        if self.settings.zero_stage == 3:
+            raise ClusterError("train.zero_stage=3 keeps no gradient whole; use train.zero_stage=0, 1 or 2")
+        with self._unnoticed():
+            return self._products(losses)
+
+    @contextlib.contextmanager
+    def _unnoticed(self) -> Iterator[None]:
+        """DeepSpeed prepares itself at the first gradient that passes the model's outputs: not at these."""
+        kept = [(hooks, hooks.preprocess_once_fn, hooks.preprocess_per_tensor_fn) for hooks in self._hooks]
+        for hooks in self._hooks:
+            hooks.preprocess_once_fn, hooks.preprocess_per_tensor_fn = lambda: None, None
+        try:
+            yield
+        finally:
+            for hooks, once, per_tensor in kept:
+                hooks.preprocess_once_fn, hooks.preprocess_per_tensor_fn = once, per_tensor
+                hooks.reset()
+
+    def _products(self, losses: Sequence[Tensor]) -> Tensor:
+        world = dist.get_world_size()
+        shared = [p for p in self.module.parameters() if p.requires_grad and not hasattr(p, "group_name")]
+        own = [p for p in self.module.parameters() if p.requires_grad and hasattr(p, "group_name")]
+        rows: list[Tensor] = []
+        expert_rows: list[Tensor] = []
+        for loss in losses:
+            found = torch.autograd.grad(loss, shared + own, retain_graph=True, allow_unused=True)
+            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(shared + own, found, strict=True)]
+            flat = torch.cat([g.detach().flatten().double() for g in filled[: len(shared)]])
+            dist.all_reduce(flat)
+            rows.append(flat / world)
+            for parameter, gradient in zip(own, filled[len(shared) :], strict=True):
+                dist.all_reduce(gradient, group=groups._get_expert_data_parallel_group(parameter.group_name))
+            if own:  # experts have got gradients from the tokens of all workers
+                expert_rows.append(torch.cat([g.detach().flatten().double() for g in filled[len(shared) :]]) / world)
+        products = torch.stack(rows) @ torch.stack(rows).T
+        if expert_rows:
+            apart = torch.stack(expert_rows) @ torch.stack(expert_rows).T
+            dist.all_reduce(apart, group=groups._get_expert_parallel_group(own[0].group_name))
+            products = products + apart
+        return products
 
     def step(self, learning_rate: float) -> None:
         """After each ``backward``: at the last micro batch, clip, step and clear; at the others, nothing."""
@@ -141,6 +195,27 @@ class Engine:
         self._engine.step()
         if not self._is_plain:
             self._gradient_norm = float(self._engine.get_global_grad_norm() or 0.0)
+
+    def set_batch(self, micro_batch: int, accumulation: int) -> None:
+        """From the next step on: rows of one backward pass of this worker, and how many of them make a step."""
+        self._engine.set_train_micro_batch_size(micro_batch)
+        self._engine.set_train_batch_size(micro_batch * accumulation * dist.get_world_size())
+        if hasattr(self._optimizer, "gradient_accumulation_steps"):
+            self._optimizer.gradient_accumulation_steps = accumulation
+        self.settings = replace(self.settings, micro_batch=micro_batch, accumulation=accumulation)
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """From the next step on parameters whose names hold one of these do not learn, and all others do.
+
+        ``patterns`` are some of ``settings.freezable``. What is frozen has no gradient, does not decay and keeps the
+        optimizer's state.
+        """
+        numbers = {self.settings.freezable.index(pattern) for pattern in patterns}
+        for group in self._optimizer.param_groups:
+            group[FROZEN] = not numbers.isdisjoint(group[SPLITS])
+        for name, parameter in self.module.named_parameters():
+            if name in self._trained:
+                parameter.requires_grad_(not any(matches(pattern, name) for pattern in patterns))
 
     @property
     def gradient_norm(self) -> float:
