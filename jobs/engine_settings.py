@@ -7,6 +7,7 @@ from typing import Any
 from cluster.engine import EngineSettings
 from jobs.recipe import Recipe
 from jobs.recipe_schema_rl import PPOSection
+from jobs.stage_runner import factors, freezable
 from mmada.actor_critic import CRITIC, ActorCritic
 from mmada.nn.experts import expert_ffn_sorted
 from mmada.pretrained import TrainableModel
@@ -25,6 +26,8 @@ def training_settings(recipe: Recipe, model: TrainableModel) -> EngineSettings:
         learning_rate=train.learning_rate,
         epsilon=train.epsilon,
         weight_decay=train.weight_decay,
+        learning_rate_factors=factors(recipe),
+        freezable=freezable(recipe),
     )
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from jobs import recipe_yaml
 from jobs.recipe_schema import RESOLVED_RECIPE, Recipe, RecipeError
+from jobs.stages import planned_steps
 from jobs.wording import closest, listed, shown, suggestion
 
 __all__ = ["RESOLVED_RECIPE", "Recipe", "RecipeError", "load_recipe", "shipped_recipes"]
@@ -52,10 +53,29 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         )
     for override in overrides:
         apply_override(values, override)
+    return with_planned_steps(values)
+
+
+def with_planned_steps(values: dict[str, Any]) -> Recipe:
+    """The recipe of these values; ``train.steps`` is that of its stages where it has any. Raises RecipeError."""
+    section = values.get("train")
+    train = section if isinstance(section, dict) else {}
+    has_stages = train.get("stages") is not None
+    said = train.get("steps") if has_stages else None
+    if has_stages and said is None:
+        values = {**values, "train": {**train, "steps": 1}}
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(first_mistake(error)) from error
+    if not has_stages:
+        return recipe
+    planned = planned_steps(recipe.train)
+    if said is not None and said != planned:
+        raise RecipeError(
+            f"train.steps={said} is not what train.stages come to together, {planned}; leave train.steps out"
+        )
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": planned})})
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -189,12 +209,20 @@ def schema_of(section: str) -> dict[str, Any]:
 
 
 def property_of(location: list[str]) -> dict[str, Any]:
-    """JSON schema of one key, without the null that it may also be; inside a list of sections, of one of their keys."""
+    """JSON schema of one key, without the null that it may also be; also of sections in lists and under names."""
     section = schema_of(location[0])
-    found = section["properties"][location[1]]
-    if len(location) > 3 and "$ref" in (item := found.get("items", {})):  # reward, parts, 0, kind
-        found = section["$defs"][item["$ref"].rpartition("/")[2]]["properties"][location[3]]
-    return next((each for each in found.get("anyOf", ()) if each.get("type") != "null"), found)
+    definitions, found = section.get("$defs", {}), section
+
+    def plain(schema: dict[str, Any]) -> dict[str, Any]:
+        schema = next((each for each in schema.get("anyOf", ()) if each.get("type") != "null"), schema)
+        return definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+
+    for part in location[1:]:
+        inner = found.get("properties", {}).get(part) or found.get("items") or found.get("additionalProperties")
+        if not isinstance(inner, dict):
+            break
+        found = plain(inner)
+    return found
 
 
 def allowed_range(schema: Mapping[str, Any]) -> str:

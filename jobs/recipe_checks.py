@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from jobs import recipe_yaml
 from jobs.entropy_model import with_entropy_model
 from jobs.recipe import RESOLVED_RECIPE, WANTED, Recipe, RecipeError
+from jobs.recipe_checks_stages import check_combination, check_frozen, check_sources, check_stages, check_weights
 from jobs.recipe_checks_tasks import check_objective, check_start, check_task_data, check_threshold
 from jobs.wording import listed, shown, suggestion
 
@@ -73,10 +74,15 @@ TYPE_WORDS: dict[Any, str] = {
 
 def check(recipe: Recipe) -> None:
     """Raise RecipeError unless the sections, the model, the data and this machine go together."""
+    check_sources(recipe)
     check_batch(recipe)
     check_schedule(recipe)
     check_objective(recipe)
     check_data(recipe)
+    check_stages(recipe)
+    if recipe.objectives is not None:
+        check_weights(recipe, "objectives.weights", recipe.objectives.weights)
+        check_combination(recipe)
     check_workers(recipe)
     config = checked_config(recipe)
     check_lengths(recipe, config)
@@ -85,6 +91,7 @@ def check(recipe: Recipe) -> None:
     check_patches(recipe, config)
     check_threshold(recipe, config)
     check_start(recipe, config)
+    check_frozen(recipe, config)
     check_gpus(recipe)
 
 
@@ -125,7 +132,7 @@ def check_data(recipe: Recipe) -> None:
                     f"data.{key}={shown(getattr(data, key))} has no meaning for data.source=stdlib; "
                     f"use data.source=files or hub, or leave it out"
                 )
-    elif data.source == "tasks":
+    elif data.source in ("tasks", "mixture"):
         check_task_data(recipe)
     elif data.path is None:
         what = "a text, JSONL or Parquet file or a folder of them" if data.source == "files" else "a data set's name"
@@ -240,12 +247,18 @@ def model_mistake(reason: str, overrides: dict[str, Any], known: set[str]) -> st
 
 def check_lengths(recipe: Recipe, config: MMaDAConfig) -> None:
     """A row is no longer than the model's positions."""
-    length, longest = recipe.train.sequence_length, config.max_position_embeddings
-    if length > longest:
-        raise RecipeError(
-            f"train.sequence_length={length} is more than model.max_position_embeddings={longest}; "
-            f"use at most {longest}, or model.max_position_embeddings={length}"
-        )
+    longest = config.max_position_embeddings
+    lengths = [("train.sequence_length", recipe.train.sequence_length)] + [
+        (f"train.stages.{stage.name}.sequence_length", stage.sequence_length)
+        for stage in recipe.train.stages or []
+        if stage.sequence_length is not None
+    ]
+    for field, length in lengths:
+        if length > longest:
+            raise RecipeError(
+                f"{field}={length} is more than model.max_position_embeddings={longest}; "
+                f"use at most {longest}, or model.max_position_embeddings={length}"
+            )
 
 
 def check_experts(recipe: Recipe, config: MMaDAConfig) -> None:

@@ -38,7 +38,8 @@ def check_task_data(recipe: Recipe) -> None:
     for key in _TEXT_KEYS:
         if (value := getattr(recipe.data, key)) is not None:
             raise RecipeError(
-                f"data.{key}={shown(value)} has no meaning for data.source=tasks; leave it out, or set tasks.size"
+                f"data.{key}={shown(value)} has no meaning for data.source={recipe.data.source}; leave it out, or set "
+                + ("tasks.size" if recipe.data.source == "tasks" else f"data.sources.….{key}")
             )
 
 

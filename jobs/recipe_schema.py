@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 
 from jobs import recipe_yaml
 from jobs.recipe_schema_rl import Positive, PPOSection, RewardSection, Section, TasksSection
+from jobs.recipe_schema_stages import ObjectivesSection, SourceSection, StageSection
 
 # The resolved recipe's file name in a run's folder.
 RESOLVED_RECIPE = "recipe.yaml"
@@ -43,9 +44,13 @@ class RunSection(Section):
 class DataSection(Section):
     """What is read and how it becomes tokens."""
 
-    source: Literal["stdlib", "files", "hub", "tasks"] = "stdlib"
+    source: Literal["stdlib", "files", "hub", "tasks", "mixture"] = "stdlib"
     """``stdlib``: the text in Python's own standard library; ``files``: text, JSONL or Parquet at ``data.path``;
-    ``hub``: a Hugging Face data set named by ``data.path``; ``tasks``: the problems of the section ``tasks``."""
+    ``hub``: a Hugging Face data set named by ``data.path``; ``tasks``: the problems of the section ``tasks``;
+    ``mixture``: those of ``data.sources``."""
+
+    sources: Annotated[dict[str, SourceSection], Field(min_length=1)] | None = None
+    """Several sources by name, for ``mixture``; ``train.stages`` weighs them."""
 
     path: Annotated[str, Field(min_length=1)] | None = None
     """A file or folder (``files``), or a data set's name (``hub``)."""
@@ -73,7 +78,10 @@ class TrainSection(Section):
     """How long, in what batches and with which optimizer the model learns."""
 
     steps: Positive
-    """Optimizer steps of the whole run, counted from its first start."""
+    """Optimizer steps of the whole run, counted from its first start; with ``stages`` it is theirs together."""
+
+    stages: Annotated[list[StageSection], Field(min_length=1)] | None = None
+    """The run in stages, one after the other; null: all of it is one."""
 
     objective: Literal["language_model", "reward"] = "language_model"
     """``language_model``: predict text, or the answers of ``data.source=tasks``; ``reward``: tell the better of two
@@ -106,8 +114,28 @@ class TrainSection(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """The highest learning rate, reached after the warm-up."""
 
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "adaptive"] = "cosine"
+    """How the learning rate goes on behind the warm-up; ``wsd`` stays and falls over the last ``decay_steps``;
+    ``adaptive`` falls where evaluations no longer become better, and while gradients are mostly noise."""
+
+    decay_steps: Annotated[int, Field(ge=0)] = 0
+    """The last steps of ``schedule: wsd``, over which the learning rate falls."""
+
+    adaptive_decay: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """What ``schedule: adaptive`` multiplies the learning rate with on a plateau."""
+
+    adaptive_patience: Positive = 2
+    """Evaluations without a better result that make a plateau."""
+
+    adaptive_noise: Annotated[float, Field(gt=0)] | None = None
+    """Spread of the gradient's norm over its mean beyond which ``adaptive`` lowers the learning rate in proportion;
+    null: noise does not count."""
+
+    learning_rate_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """What the learning rate of parts is multiplied with: ``{router: 0.5, memory: 2}``."""
+
     min_learning_rate_ratio: Ratio = 0.1
-    """The cosine ends at this share of ``learning_rate``."""
+    """The schedule ends at this share of ``learning_rate``."""
 
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises in a straight line."""
@@ -209,6 +237,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection = DataSection()
     train: TrainSection
+    objectives: ObjectivesSection | None = None
     cluster: ClusterSection = ClusterSection()
     tracking: TrackingSection = TrackingSection()
     tasks: TasksSection | None = None

@@ -23,8 +23,9 @@ class TasksSection(Section):
     family: Name | Annotated[list[Name], Field(min_length=1)]
     """A family's name, such as ``chain_sum``, or a list of names, whose problems then take turns."""
 
-    difficulty: Annotated[int, Field(ge=0)] = 0
-    """Levels by which every attribute of the family's own curriculum is raised above its first."""
+    difficulty: Annotated[int, Field(ge=0)] | Annotated[list[int], Field(min_length=1)] = 0
+    """Levels by which every attribute of the family's own curriculum is raised above its first; or a list of them,
+    which then take turns."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides which problems there are; same seed, same problems."""

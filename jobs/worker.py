@@ -24,14 +24,15 @@ from cluster.checkpoints import CheckpointStore
 from cluster.engine import Engine
 from cluster.errors import ClusterError
 from jobs.checkpointing import Resume, find_resume, restore, save
+from jobs.combination import Combination
 from jobs.engine_settings import training_settings
 from jobs.objectives.objective import Place, StepResult
 from jobs.objectives.registry import open_objective
 from jobs.progress import Progress
 from jobs.recipe import Recipe
+from jobs.stage_runner import StageRunner
 from jobs.start_weights import load_start, start_folder
-from mmada.data import global_batch_indices, rank_slice, sample_ids
-from mmada.training.schedules import warmup_cosine
+from mmada.data import rank_slice, sample_ids
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -80,6 +81,8 @@ class TrainingWorker:
         self.place = Place(self.rank, self.world, device, self._sum)
         self.model = self.objective.build_model().to(self.device)
         self.settings = training_settings(recipe, self.model)
+        self.stages = StageRunner(recipe, self.objective)
+        self.combination = Combination(recipe, self.stages, self.model, self.place)
         self.store = CheckpointStore(run_dir / "checkpoints", keep=recipe.train.keep_checkpoints)
         self.progress = Progress(self.rank, self.world, run_dir, device, report)
 
@@ -88,20 +91,26 @@ class TrainingWorker:
         self.engine = Engine(self.model, self.settings)
         self.model.reduce_load = self._sum if self.world > 1 else None
         torch.manual_seed(recipe.run.seed + 1 + self.rank)
-        self.start = restore(self.engine, resume, self.rank) if resume else 0
+        self.start = self._resume(resume) if resume else 0
+        self._enter_stage()
 
     def run(self) -> None:
-        """Train from where the run stands to ``train.steps``, evaluating and saving on the way."""
+        """Train from where the run stands to the end of its last stage, evaluating and saving on the way."""
         train = self.recipe.train
         self.progress.begin(self.start, train.steps)
-        for step in range(self.start, train.steps):
+        while not self.stages.is_done:
             started = time.perf_counter()
-            metrics = self.train_step(step)
+            if self.stages.begins_stage:
+                self._enter_stage()
+            metrics = self.train_step(self.stages.state.step)
             metrics["step_seconds"] = time.perf_counter() - started
-            done = step + 1
-            last = done == train.steps
+            done, last = self.stages.state.step, self.stages.is_done
             if last or (train.evaluate_every and done % train.evaluate_every == 0):
-                metrics |= self.evaluate(all_rows=last)
+                found = self.evaluate(all_rows=last)
+                metrics |= found
+                self.stages.evaluated(found)
+                if self.stages.is_done and not last:  # it was good enough: measure it on all rows
+                    last, metrics = True, metrics | self.evaluate(all_rows=True)
             if last:
                 self._finish()
             self.progress.add(done, metrics)  # before the checkpoint: what a resume skips has its metrics on disk
@@ -110,6 +119,14 @@ class TrainingWorker:
                 self.progress.add_checkpoint(self.save(done))
             self.progress.send(force=saves)
 
+    def _enter_stage(self) -> None:
+        """Take up what the stage says of batches and of what learns."""
+        stage, train, workers = self.stages.stage, self.recipe.train, self.recipe.cluster.workers
+        rows = stage.global_batch // workers
+        micro = train.micro_batch or rows
+        self.engine.set_batch(micro, rows // micro)
+        self.engine.freeze(stage.frozen)
+
     def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step over the global batch of ``step``; metrics are those of the whole batch."""
         batch = self._batch(step)
@@ -117,13 +134,16 @@ class TrainingWorker:
         targets, tokens = self._sum(counts)
         # Each micro batch divides by its even share of the targets: the mean over workers and micro batches, which
         # is what the engine takes, is then the mean over the targets of the whole batch, however they are spread.
-        share = targets / (self.world * self.settings.accumulation)
-        learning_rate = self.learning_rate(step)
+        micro_batch, accumulation = self.engine.settings.micro_batch, self.engine.settings.accumulation
+        share = targets / (self.world * accumulation)
+        learning_rate = self.stages.learning_rate()
         results: list[StepResult] = []
-        for micro in range(self.settings.accumulation):
-            rows = slice(micro * self.settings.micro_batch, (micro + 1) * self.settings.micro_batch)
-            result = self.objective.forward(self.engine, {name: value[rows] for name, value in batch.items()}, share)
-            self.engine.backward(result.loss)
+        extra = self.combination.begin()
+        for micro in range(accumulation):
+            rows = slice(micro * micro_batch, (micro + 1) * micro_batch)
+            part = {name: value[rows] for name, value in batch.items()}
+            result = self.objective.forward(self.engine, part, share, extra)
+            self.engine.backward(self.combination.total(self.engine, result))
             self.engine.step(learning_rate)
             results.append(result)
         metrics = self._means(results)
@@ -141,24 +161,13 @@ class TrainingWorker:
             self.model.update_router_bias(load_LE)
             violation_L = load_LE.max(dim=1).values / load_LE.mean(dim=1) - 1
             metrics["expert_load_max_violation"] = float(violation_L.max())
-        return metrics
+        return metrics | self.combination.finish() | self.stages.stepped(metrics["gradient_norm"])
 
     def _means(self, results: list[StepResult]) -> dict[str, float]:
         """The metrics of a step, each the mean over its micro batches and the workers."""
         parts = torch.stack([torch.stack([*result.metrics.values()]) for result in results])
         means = (self._sum(parts.mean(0).double()) / self.world).tolist()
         return dict(zip(results[0].metrics, means, strict=True))
-
-    def learning_rate(self, step: int) -> float:
-        """The schedule of the recipe at ``step``."""
-        train = self.recipe.train
-        return warmup_cosine(
-            step,
-            peak=train.learning_rate,
-            steps=train.steps,
-            warmup_steps=train.warmup_steps,
-            min_ratio=train.min_learning_rate_ratio,
-        )
 
     def evaluate(self, *, all_rows: bool) -> dict[str, float]:
         """Metrics on what is held out, over all rows or the first ``train.evaluate_rows``."""
@@ -176,7 +185,12 @@ class TrainingWorker:
 
     def save(self, step: int) -> str:
         """Write, check and make current the checkpoint of ``step``; its folder."""
-        metadata = {"step": step, "data": self.objective.fingerprint, "seed": self.recipe.run.seed}
+        metadata = {
+            "step": step,
+            "data": self.objective.fingerprint,
+            "seed": self.recipe.run.seed,
+            "curriculum": self.stages.to_json(),
+        }
         architecture, tokenizer = type(self.model).__name__, self.objective.tokenizer
         folder = save(
             self.engine, self.store, tokenizer, step, metadata, self.rank, self.world, architecture=architecture
@@ -185,12 +199,11 @@ class TrainingWorker:
 
     def _batch(self, step: int) -> dict[str, Tensor]:
         """This rank's rows of the global batch of ``step``."""
-        train = self.recipe.train
-        indices = global_batch_indices(self.recipe.run.seed, step, train.global_batch, len(self.objective.rows))
-        own = rank_slice(np.arange(train.global_batch), self.rank, self.world)
-        batch = self.objective.rows.batch(indices[own])
-        batch["sample_ids"] = torch.from_numpy(sample_ids(self.recipe.run.seed, step, train.global_batch)[own])
-        self.progress.record_rows(step, indices[own])
+        size = self.stages.stage.global_batch
+        drawn, own = self.stages.draw(), rank_slice(np.arange(size), self.rank, self.world)
+        batch = drawn.read(own)
+        batch["sample_ids"] = torch.from_numpy(sample_ids(self.recipe.run.seed, step, self.stages.largest_batch)[own])
+        self.progress.record_rows(step, drawn.record_of(own))
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def _agree_on_resume(self) -> Resume | None:
@@ -203,6 +216,13 @@ class TrainingWorker:
         if found[0] is not None:
             self.progress.note(found[0].notes)
         return found[0] if found[0] is not None and found[0].folder is not None else None
+
+    def _resume(self, resume: Resume) -> int:
+        """Engine, generators and stages as the checkpoint left them; the number of steps done."""
+        assert resume.folder is not None
+        done = restore(self.engine, resume, self.rank)
+        self.stages.restore(resume.metadata.get("curriculum"), done)
+        return done
 
     def _begin_weights(self, resume: Resume | None) -> Path | None:
         """A new run begins with the weights of ``train.start_from``; the saved model that this run goes on from."""

@@ -251,7 +251,7 @@ class MMaDAForCausalLM(TrainableModel, GenerationMixin):
             shift_labels=None if shift_labels is None else shift_labels.contiguous(),
             num_items_in_batch=num_items_in_batch,
         )
-        result.loss, result.lm_loss = lm_loss, lm_loss.detach()
+        result.loss, result.lm_loss, result.parts = lm_loss, lm_loss.detach(), {"language_model": lm_loss}
         if self.training and outputs.router_logits:
             self._add_router_losses(result, attention_mask, hidden.shape[1])
         return result

@@ -95,6 +95,8 @@ class TrainableModel(MMaDAPreTrainedModel):
         )
         result.aux_loss, result.z_loss = losses.balance.detach(), losses.z.detach()
         result.expert_load, result.source_balance = losses.load, losses.source_balance
+        if result.parts is not None:
+            result.parts |= {"router_balance": losses.balance, "router_z": losses.z}
         weights = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
         result.loss = result.loss + weights[0] * losses.balance + weights[1] * losses.z
 

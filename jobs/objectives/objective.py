@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from jobs.recipe import Recipe
+from jobs.stages import stages_of
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +53,29 @@ class StepResult:
     """Of one micro batch: ``loss`` is to be minimised; ``metrics``, ``loss`` the first, are detached and for reading.
 
     The mean of a metric over micro batches and workers is that of the whole batch. ``expert_load`` and
-    ``num_patches`` as the model gives them.
+    ``num_patches`` as the model gives them. ``parts``: what the loss is made of, by name, unweighted and with
+    gradients, and whatever else has a weight at this step.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     expert_load: Tensor | None
     num_patches: Tensor | None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Extra(Protocol):
+    """Terms beside the objective at one step; ``jobs.objectives.terms``."""
+
+    def watching(self) -> Any:
+        """A context that must be open while the model runs."""
+        ...
+
+    def of(
+        self, output: MMaDAOutput, batch: dict[str, Tensor], share: Tensor, seen: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses by name, and what there is to read of them; ``seen`` is what ``watching`` gave."""
+        ...
 
 
 class Objective(ABC):
@@ -69,7 +86,8 @@ class Objective(ABC):
     fingerprint: names the content of what is learned from.
     source: the key of the recipe that decides it, with its value.
     prepared: folder of prepared text, for the workers; None where they make their rows from the recipe.
-    rows: what is learned from.
+    rows: what is learned from, in rows of ``train.sequence_length``.
+    sources: names of what is mixed, in order; one where nothing is.
     """
 
     model_class: type[TrainableModel]
@@ -81,6 +99,7 @@ class Objective(ABC):
         self.recipe, self.tokenizer, self.fingerprint = recipe, tokenizer, fingerprint
         self.rows, self.prepared = rows, prepared
         self.source = f"data.source={recipe.data.source}"
+        self.sources: tuple[str, ...] = (recipe.data.source,)
 
     # In the driver.
 
@@ -116,6 +135,32 @@ class Objective(ABC):
     def open(cls, recipe: Recipe, prepared: Path | None) -> Objective:
         """The same objective in a worker, from what ``prepare`` left in ``prepared``."""
 
+    def check_stages(self) -> None:
+        """In the driver: raise DataError where a stage's rows are too short for what it reads."""
+        for stage in stages_of(self.recipe, self.sources):
+            for name, weight in zip(self.sources, stage.weights, strict=True):
+                if weight > 0:
+                    self.rows_of(name, stage.sequence_length)
+
+    def rows_of(self, source: str, length: int) -> Rows:
+        """What is learned from of one of ``sources``, in rows of so many tokens."""
+        if length != self.recipe.train.sequence_length:
+            raise NotImplementedError(f"{type(self).__name__} has rows of one length")
+        return self.rows
+
+    def rows_depend_on_length(self, source: str) -> bool:
+        """Whether a row of another length is another row, as in packed text."""
+        return True
+
+    def shares_of(self, source: str, length: int) -> np.ndarray | None:
+        """How these rows compare in difficulty (``mmada.data.mixing.difficulty_shares``); None: they are all alike."""
+        return None
+
+    @classmethod
+    def evaluated(cls, recipe: Recipe) -> set[str]:
+        """Names of what ``evaluate`` measures under this recipe."""
+        return {cls.held_out_metric}
+
     @abstractmethod
     def build_model(self) -> TrainableModel:
         """A new model, its weights a function of ``run.seed`` alone."""
@@ -125,8 +170,13 @@ class Objective(ABC):
         """What the loss of a batch is divided by, and how many tokens are in it: scalars."""
 
     @abstractmethod
-    def forward(self, engine: Engine, batch: dict[str, Tensor], share: Tensor) -> StepResult:
-        """One micro batch through the engine; sums are divided by ``share``, not by what this micro batch holds."""
+    def forward(
+        self, engine: Engine, batch: dict[str, Tensor], share: Tensor, extra: Extra | None = None
+    ) -> StepResult:
+        """One micro batch through the engine; sums are divided by ``share``, not by what this micro batch holds.
+
+        ``extra``: what is to be computed beside the objective, for those that know how.
+        """
 
     @abstractmethod
     def evaluate(self, engine: Engine, place: Place, batch_rows: int, max_rows: int | None) -> dict[str, float]:

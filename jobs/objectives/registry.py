@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jobs.objectives.mixture import MixtureObjective
 from jobs.objectives.objective import Objective
 from jobs.objectives.reward import RewardObjective
 from jobs.objectives.tasks import TaskObjective
@@ -15,6 +16,7 @@ OBJECTIVES: dict[tuple[str, str], type[Objective]] = {
     ("language_model", "files"): TextObjective,
     ("language_model", "hub"): TextObjective,
     ("language_model", "tasks"): TaskObjective,
+    ("language_model", "mixture"): MixtureObjective,
     ("reward", "tasks"): RewardObjective,
     ("reward", "files"): RewardObjective,
 }
@@ -27,7 +29,9 @@ def objective_class(recipe: Recipe) -> type[Objective]:
 
 def prepare_objective(recipe: Recipe) -> Objective:
     """In the driver: what is learned from, prepared and checked. Raises DataError or RecipeError."""
-    return objective_class(recipe).prepare(recipe)
+    objective = objective_class(recipe).prepare(recipe)
+    objective.check_stages()
+    return objective
 
 
 def open_objective(recipe: Recipe, prepared: Path | None) -> Objective:

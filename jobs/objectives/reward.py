@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jobs.entropy_model import settle_saved_threshold
 from jobs.model_building import build_model_of
-from jobs.objectives.objective import Objective, Place, StepResult, router_metrics
+from jobs.objectives.objective import Extra, Objective, Place, StepResult, router_metrics
 from jobs.recipe import Recipe
 from jobs.studies.intervals import wilson
 from jobs.task_source import load_recipe_tasks
@@ -102,7 +102,9 @@ class RewardObjective(Objective):
         """Pairs, and tokens of both completions with their prompts."""
         return torch.tensor(len(batch["proxies"])), batch["attention_mask"].sum()
 
-    def forward(self, engine: Engine, batch: dict[str, Tensor], share: Tensor) -> StepResult:
+    def forward(
+        self, engine: Engine, batch: dict[str, Tensor], share: Tensor, extra: Extra | None = None
+    ) -> StepResult:
         """Both completions of every pair in one pass."""
         # Each row has a name of its own, as the noise of training hangs on it.
         names_B2 = torch.stack([2 * batch["sample_ids"], 2 * batch["sample_ids"] + 1], dim=1)

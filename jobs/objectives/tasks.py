@@ -12,7 +12,7 @@ from jobs.entropy_model import settle_saved_threshold
 from jobs.evaluation import bits_per_byte
 from jobs.evaluation_tasks import held_out_accuracy
 from jobs.model_building import build_model
-from jobs.objectives.objective import Objective, Place, StepResult
+from jobs.objectives.objective import Extra, Objective, Place, StepResult
 from jobs.objectives.text import language_model_step, num_targets
 from jobs.recipe import Recipe
 from jobs.task_source import load_recipe_tasks
@@ -76,6 +76,19 @@ class TaskObjective(Objective):
             [*loss.items()], [*held_out.items()], title, held_out_label="held out, bits per answer byte"
         )
 
+    def rows_of(self, source: str, length: int) -> TaskRows:
+        """The problems in rows of this length. Raises DataError for one that is longer."""
+        return self.rows if length == self.rows.sequence_length else TaskRows(self.tasks.train, self.tokenizer, length)
+
+    def rows_depend_on_length(self, source: str) -> bool:
+        """A problem is the same row in any padding."""
+        return False
+
+    @classmethod
+    def evaluated(cls, recipe: Recipe) -> set[str]:
+        """Bits, and accuracy where every worker has the whole model."""
+        return {cls.held_out_metric} | ({"held_out_accuracy"} if can_decode(recipe) else set())
+
     def build_model(self) -> MMaDAForCausalLM:
         """The language model."""
         return build_model(self.recipe)
@@ -88,9 +101,11 @@ class TaskObjective(Objective):
         """Tokens of answers, and of whole rows without their padding."""
         return num_targets(batch), batch["attention_mask"].sum()
 
-    def forward(self, engine: Engine, batch: dict[str, Tensor], share: Tensor) -> StepResult:
+    def forward(
+        self, engine: Engine, batch: dict[str, Tensor], share: Tensor, extra: Extra | None = None
+    ) -> StepResult:
         """The language model's own loss, on answers alone."""
-        return language_model_step(engine, batch, share)
+        return language_model_step(engine, batch, share, extra)
 
     def evaluate(self, engine: Engine, place: Place, batch_rows: int, max_rows: int | None) -> dict[str, float]:
         """Bits per answer byte; and the share of problems solved greedily, where a worker has the whole model."""
@@ -99,7 +114,7 @@ class TaskObjective(Objective):
             engine.forward, rows, num_bytes=rows.num_answer_bytes, batch_rows=batch_rows, max_rows=max_rows, place=place
         )
         metrics = {"bits_per_answer_byte": bits}
-        if engine.settings.zero_stage < 3 and engine.settings.expert_parallel == 1:
+        if can_decode(self.recipe):
             metrics["held_out_accuracy"] = self._accuracy(engine.module, place, max_rows)
         return metrics
 
@@ -114,3 +129,8 @@ class TaskObjective(Objective):
             found = held_out_accuracy(model, self.tokenizer, self.tasks, max_new_tokens=new_tokens, items=own)
             right = sum(answer.accuracy for answer in found.answers)
         return float(place.sum(torch.tensor(right, dtype=torch.float64, device=place.device))) / len(items)
+
+
+def can_decode(recipe: Recipe) -> bool:
+    """Whether a worker has the whole model, and so can answer by itself."""
+    return recipe.train.zero_stage < 3 and recipe.cluster.expert_parallel == 1

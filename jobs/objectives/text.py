@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from jobs.entropy_model import settle_threshold
 from jobs.evaluation import bits_per_byte
 from jobs.model_building import build_model
-from jobs.objectives.objective import Objective, Place, StepResult, router_metrics
+from jobs.objectives.objective import Extra, Objective, Place, StepResult, router_metrics
 from jobs.prepared_data import cache_dir, text_source
 from jobs.recipe import Recipe
 from mmada.data import IGNORE_INDEX, PackedRows, PreparedText, load_tokenizer, open_prepared, prepare
@@ -76,6 +77,10 @@ class TextObjective(Objective):
         """A sample of its text."""
         return [f'sample    {mmada} generate {checkpoint} "The "']
 
+    def rows_of(self, source: str, length: int) -> PackedRows:
+        """The text cut into rows of this length."""
+        return self.rows if length == self.rows.sequence_length else self.text.train.rows(length)
+
     def build_model(self) -> MMaDAForCausalLM:
         """The language model."""
         return build_model(self.recipe)
@@ -88,9 +93,11 @@ class TextObjective(Objective):
         """Targets, and all columns: packed rows are full."""
         return num_targets(batch), torch.tensor(batch["input_ids"].numel())
 
-    def forward(self, engine: Engine, batch: dict[str, Tensor], share: Tensor) -> StepResult:
+    def forward(
+        self, engine: Engine, batch: dict[str, Tensor], share: Tensor, extra: Extra | None = None
+    ) -> StepResult:
         """The language model's own loss."""
-        return language_model_step(engine, batch, share)
+        return language_model_step(engine, batch, share, extra)
 
     def evaluate(self, engine: Engine, place: Place, batch_rows: int, max_rows: int | None) -> dict[str, float]:
         """Bits per held-out byte."""
@@ -107,11 +114,15 @@ def num_targets(batch: dict[str, Tensor]) -> Tensor:
     return (batch["shift_labels"] != IGNORE_INDEX).sum()
 
 
-def language_model_step(engine: Engine, batch: dict[str, Tensor], share: Tensor) -> StepResult:
-    """Cross entropy of the batch's labels, with what the routers add to it."""
-    output = engine.forward(**batch, num_items_in_batch=share, use_cache=False)
-    metrics = {"loss": output.lm_loss, **router_metrics(output)}
-    return StepResult(output.loss, metrics, output.expert_load, output.num_patches)
+def language_model_step(
+    engine: Engine, batch: dict[str, Tensor], share: Tensor, extra: Extra | None = None
+) -> StepResult:
+    """Cross entropy of the batch's labels, with what the routers add to it, and whatever else has a weight."""
+    with nullcontext() if extra is None else extra.watching() as seen:
+        output = engine.forward(**batch, num_items_in_batch=share, use_cache=False)
+    losses, more = ({}, {}) if extra is None else extra.of(output, batch, share, seen)
+    metrics = {"loss": output.lm_loss, **router_metrics(output), **more}
+    return StepResult(output.loss, metrics, output.expert_load, output.num_patches, {**(output.parts or {}), **losses})
 
 
 def xz_bits_per_byte(text: Path) -> float:

@@ -27,10 +27,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-Collector = TypeVar("Collector", "Statistics", "Record")
+Collector = TypeVar("Collector", "Statistics", "Record", "Live")
 
 # One per thread and task, so that two of them can look at different models at once.
-_open: ContextVar[tuple[Statistics | Record, ...]] = ContextVar("open_collectors", default=())
+_open: ContextVar[tuple[Statistics | Record | Live, ...]] = ContextVar("open_collectors", default=())
 
 
 def is_anyone_looking() -> bool:
@@ -62,6 +62,13 @@ def collect_statistics(model: nn.Module) -> Iterator[Statistics]:
 def record(model: nn.Module, name: str) -> Iterator[Record]:
     """Keep the values that the modules of ``model`` observe under ``name``, token by token, until the block ends."""
     with _opened(Record(model, name)) as values:
+        yield values
+
+
+@contextmanager
+def live(model: nn.Module, name: str) -> Iterator[Live]:
+    """Gather means of what the modules of ``model`` observe under ``name``, with their gradients."""
+    with _opened(Live(model, name)) as values:
         yield values
 
 
@@ -181,6 +188,27 @@ class Record:
     def __getitem__(self, module_name: str) -> Tensor:
         """All that a module observed, (B, T, C), the tokens of later passes behind those of earlier ones."""
         return torch.cat(self.calls[module_name], dim=1)
+
+
+class Live:
+    """Means of observed values of one name over all tokens that count, for losses that are made of them.
+
+    ``means``: by the module's name, a scalar with its gradient; of a module that no token reached 0.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._named = {module: own_name for own_name, module in model.named_modules()}
+        self._name = name
+        self.means: dict[str, Tensor] = {}
+
+    def add(self, module: nn.Module, where: Tensor | None, values: dict[str, Tensor | Callable[[], Tensor]]) -> None:
+        """Take what ``observe`` was given, if it is what this gathers."""
+        if module not in self._named or self._name not in values:
+            return
+        value = values[self._name]
+        tensor = value if isinstance(value, Tensor) else value()
+        counted = tensor if where is None else tensor[where]
+        self.means[self._named[module]] = counted.sum() / max(1, counted.numel())
 
 
 def summarise(module: nn.Module, moments: dict[str, Moments]) -> dict[str, float]:
