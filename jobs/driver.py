@@ -322,6 +322,12 @@ def recipe_for_workers(recipe: Recipe) -> dict[str, Any]:
         name = (values[section] or {}).get(key)
         if name is not None and (folder := Path(name).expanduser()).exists():
             values[section][key] = str(folder.resolve())
+    places = [(values["objectives"] or {}, "safety_reference")]
+    for source in (values["data"]["sources"] or {}).values():
+        places += [(source, "path"), (source, "difficulty_model")]
+    for place, key in places:
+        if place.get(key) is not None and (folder := Path(place[key]).expanduser()).exists():
+            place[key] = str(folder.resolve())
     for part in (values["reward"] or {}).get("parts", ()):
         if part["kind"] == "model":
             part["name"] = str(model_folder(part["name"]).resolve())

@@ -24,6 +24,7 @@ from jobs.driver import shown_path
 from jobs.evaluation import bits_per_byte
 from jobs.evaluation_tasks import Answer, EvaluationResult, accuracy_of, held_out_accuracy, score_of
 from jobs.learned_problems import Question, learned_questions, question_of
+from jobs.objectives.mixture import recipes_of
 from jobs.objectives.objective import Place
 from jobs.objectives.reward import held_out_metrics, judge, preferences
 from jobs.plan_report import table_of
@@ -80,10 +81,16 @@ def _run(checkpoint: str, overrides: Sequence[str], settings: Settings) -> int:
     console.print(f"model    {shown_path(folder.resolve())}", markup=False)
     if isinstance(model, MMaDARewardModel):
         found = evaluate_pairs(model, tokenizer, recipe, console)
-    elif recipe.tasks is not None:
-        found = evaluate_tasks(model, tokenizer, recipe, learned_questions(checkpoint), settings, console)
     else:
-        found = evaluate_text(model, tokenizer, recipe, recipe_of(checkpoint), console)
+        found = {}
+        for name, own in (recipes_of(recipe) if recipe.data.source == "mixture" else {"": recipe}).items():
+            if name:
+                console.print(f"source   {name}")
+            if own.tasks is not None:
+                said = evaluate_tasks(model, tokenizer, own, learned_questions(checkpoint), settings, console)
+            else:
+                said = evaluate_text(model, tokenizer, own, recipe_of(checkpoint), console)
+            found |= {name: said} if name else said
     if settings.json_file is not None:
         settings.json_file.write_text(json.dumps({"model": str(folder), **found}, indent=1) + "\n", encoding="utf-8")
     return 0

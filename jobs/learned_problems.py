@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from jobs import recipe_yaml
 from jobs.checkpoint_folder import recipe_of
 from jobs.recipe import Recipe, RecipeError
-from jobs.task_source import load_recipe_tasks
+from jobs.task_source import load_tasks_of
 from mmada.data.tasks import TaskItem, TaskSet
 from mmada.errors import DataError
 
@@ -32,7 +32,9 @@ def learned_questions(checkpoint: str) -> set[Question]:
         seen.add(saved)
         try:
             recipe = Recipe.model_validate(recipe_yaml.parse(saved.read_text(encoding="utf-8")))
-            items = load_recipe_tasks(recipe).train if recipe.tasks is not None else []
+            sections = [recipe.tasks, *(source.tasks for source in (recipe.data.sources or {}).values())]
+            tasks = [load_tasks_of(section) for section in sections if section is not None]
+            items = [item for each in tasks for item in each.train]
         except (OSError, ValueError, ValidationError, DataError) as error:
             raise RecipeError(
                 f"checkpoint={checkpoint} lies in a run whose {saved} cannot be read; restore it"

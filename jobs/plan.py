@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from jobs.activations import BYTES, Activations, activation_memory
 from jobs.recipe import Recipe, RecipeError
+from jobs.stages import stages_of
 
 if TYPE_CHECKING:
     from mmada.config import MMaDAConfig
@@ -183,7 +184,8 @@ def stage_memory(recipe: Recipe, size: ModelSize, stage: int) -> StageMemory:
 def batch_arithmetic(recipe: Recipe, train_tokens: int | None) -> BatchArithmetic:
     """global batch = workers x micro batch x accumulation, and what it comes to over the run."""
     per_step = recipe.train.global_batch * recipe.train.sequence_length * recipe.sequences_per_row
-    in_run = per_step * recipe.train.steps
+    stages = [(stage.plan.steps, stage.global_batch * stage.sequence_length) for stage in stages_of(recipe, [])]
+    in_run = sum(steps * tokens for steps, tokens in stages) * recipe.sequences_per_row
     return BatchArithmetic(
         global_batch=recipe.train.global_batch,
         workers=recipe.cluster.workers,

@@ -34,7 +34,7 @@ def text_source(recipe: Recipe) -> TextSource:
 
 def find_prepared(recipe: Recipe) -> PreparedText | None:
     """The recipe's text where a run has prepared it already; nothing is read or written otherwise."""
-    if recipe.data.source == "tasks" or recipe.train.objective == "reward":
+    if recipe.data.source in ("tasks", "mixture") or recipe.train.objective == "reward":
         return None
     from mmada.data import load_tokenizer, open_prepared
     from mmada.data.sources import describe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.recipe import Recipe, RecipeError
@@ -52,6 +53,8 @@ def check_source(where: str, source: SourceSection) -> None:
         raise RecipeError(f"{where}.source={source.source} with tasks={shown(source.tasks and '{…}')}; {remedy}")
     if source.source in ("files", "hub") and source.path is None:
         raise RecipeError(f"{where}.path=null gives source={source.source} nothing to read; set it")
+    if source.source == "files" and source.path is not None and not Path(source.path).expanduser().exists():
+        raise RecipeError(f"{where}.path={source.path} does not exist; give a text, JSONL or Parquet file or a folder")
     rule, tasks = source.difficulty, source.tasks
     if rule == "level" and (tasks is None or not isinstance(tasks.difficulty, list)):
         raise RecipeError(

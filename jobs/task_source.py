@@ -23,9 +23,14 @@ def load_recipe_tasks(recipe: Recipe) -> TaskSet:
     """The problems, drawn once in a process. Raises DataError."""
     if recipe.tasks is None:
         raise DataError("tasks.family is missing; name a task family of reasoning-gym, such as tasks.family=chain_sum")
-    return _load(recipe.tasks.model_dump_json())
+    return load_tasks_of(recipe.tasks)
 
 
-@lru_cache(maxsize=2)
+def load_tasks_of(section: TasksSection) -> TaskSet:
+    """The problems of a section, drawn once in a process. Raises DataError."""
+    return _load(section.model_dump_json())
+
+
+@lru_cache(maxsize=8)
 def _load(section: str) -> TaskSet:
     return load_tasks(task_source(TasksSection.model_validate_json(section)))

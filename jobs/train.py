@@ -82,7 +82,9 @@ class TrainingRun(Driver):
 
     def words(self, row: dict[str, Any]) -> list[str]:
         """Loss, the held-out figure, speed."""
-        parts = [f"loss {row['loss']:.4f}"]
+        stages = self.recipe.train.stages
+        parts = [stages[int(row["stage"]) - 1].name] if stages is not None and "stage" in row else []
+        parts += [f"loss {row['loss']:.4f}"]
         if (value := self.record.metrics.get(self.objective.held_out_metric)) is not None:
             parts.append(self.objective.headline(value))
         return [*parts, f"{row['tokens_per_second']:,.0f} tokens/s"]
