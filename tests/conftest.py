@@ -9,6 +9,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Several test files at a time share the cores out.
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# MKL's fast kernels round otherwise where an operand lies otherwise in memory, on some processors: what is compared to
+# the bit needs those that do not.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 # Tokenizers warn about every fork after their own threads have run.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

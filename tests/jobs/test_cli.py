@@ -122,7 +122,7 @@ WRONG_RECIPES = [
     (["data.source=files"], ["data.path=null", "data.source=files", "set it to"]),
     (["data.source=files", "data.path=/no/such/file.txt"], ["data.path=/no/such/file.txt", "give a text"]),
     (["data.path=/tmp"], ["data.path='/tmp'", "data.source=stdlib", "use data.source=files"]),
-    (["data.source=web"], ["data.source='web'", "use stdlib, files, hub or tasks"]),
+    (["data.source=web"], ["data.source='web'", "use stdlib, files, hub, tasks or mixture"]),
     (["data.tokenizer=./no-such-tokenizer"], ["data.tokenizer=./no-such-tokenizer", "give a tokenizer's folder"]),
     # a run's folder
     (["run.resume=true"], ["run.resume=true", "runs/wrong", "leave it out"]),

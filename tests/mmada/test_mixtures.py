@@ -143,7 +143,8 @@ def test_a_token_changes_nothing_before_it(name):
         changed = tokens.clone()
         changed[0, position] = 8 + (changed[0, position] + 1) % 200
         after = model(changed).logits
-        if "routed" in name or is_patched(name):  # how many tokens go together changes the rounding of products
+        # How many tokens go together, to a branch or to an expert, changes the rounding of products.
+        if "routed" in name or is_patched(name) or model.config.moe_layers:
             assert_close(after[:, :position], before[:, :position], rtol=1e-12, atol=1e-13)
         else:
             assert torch.equal(after[:, :position], before[:, :position])
