@@ -151,6 +151,15 @@ def test_a_token_changes_nothing_before_it(name):
         assert not torch.equal(after[:, position], before[:, position])
 
 
+@pytest.mark.parametrize("name", ["experts", "experts-together"])
+@torch.no_grad()
+def test_a_token_changes_no_bit_before_it_where_all_experts_take_all_tokens(name):
+    model, tokens = make_mixture(name, num_experts_per_tok=4), random_ids(1, 14)
+    before, changed = model(tokens).logits, tokens.clone()
+    changed[0, 8] = 8 + (changed[0, 8] + 1) % 200
+    assert torch.equal(model(changed).logits[:, :8], before[:, :8])
+
+
 @every_mixture
 @torch.no_grad()
 def test_tokens_taken_back_leave_no_trace(name):
