@@ -154,7 +154,7 @@ POLICY_ARITHMETIC = policy_study(
         "ppo.max_new_tokens=6",
         "ppo.minibatch=128",
         "ppo.temperature=0.7",
-        "ppo.iterations=200",
+        "ppo.iterations=300",
     ],
 )
 
