@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from jobs import recipe_yaml
+from jobs.calibration import held_out_calibration
 from jobs.checkpoint_folder import holds_reward_model, model_folder, recipe_of
 from jobs.driver import shown_path
 from jobs.evaluation import bits_per_byte
@@ -240,7 +241,15 @@ def evaluate_text(
         bits = bits_per_byte(model, rows, num_bytes=text.num_bytes, batch_rows=_ROWS, max_rows=None, place=place)
         console.print(f"text     {text.num_bytes:,} held-out bytes, rows of {recipe.train.sequence_length}")
         console.print(f"         {bits:.4f} bits per held-out byte")
-        return {"kind": "text", "bits_per_byte": bits, "bytes": text.num_bytes}
+        found: dict[str, Any] = {"kind": "text", "bits_per_byte": bits, "bytes": text.num_bytes}
+        if len(rows) < 2:
+            return found
+        trust = held_out_calibration(model, rows, batch_rows=_ROWS, max_rows=None, place=place)
+        console.print(
+            f"         calibration error {trust.error:.2%}, and {trust.scaled_error:.2%} at temperature "
+            f"{trust.temperature:.3f}, fitted on every other row"
+        )
+        return found | trust.metrics()
 
 
 def evaluate_pairs(

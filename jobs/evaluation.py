@@ -4,29 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from jobs.objectives.objective import Place
+from jobs.objectives.objective import LabelledRows, Place
 from mmada.data import IGNORE_INDEX
-
-
-class LabelledRows(Protocol):
-    """Rows with ``shift_labels``: packed text, or problems with their answers."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def num_targets(self) -> int:
-        """Labels in all rows together."""
-        ...
-
-    def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """Rows by number."""
-        ...
 
 
 @torch.no_grad()

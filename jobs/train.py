@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jobs.calibration import BINS_FILE
 from jobs.driver import Driver, RunRecord, only_cpus, start
 from jobs.objectives.objective import Objective
 from jobs.objectives.registry import prepare_objective
 from jobs.recipe import Recipe
+from mmada.plots.reliability import reliability
 
 
 class TrainingRecord(RunRecord):
@@ -94,8 +97,13 @@ class TrainingRun(Driver):
         return self.objective.held_out_metric in row
 
     def figures(self) -> dict[str, Any]:
-        """The learning curve."""
-        return {"learning_curve": self.objective.figure(self.record.curves, self.recipe.run.name)}
+        """The learning curve; and where it was asked for, how far confidence can be believed."""
+        name = self.recipe.run.name
+        found = {"learning_curve": self.objective.figure(self.record.curves, name)}
+        bins = self.run_dir / BINS_FILE
+        for source, own in (json.loads(bins.read_text()) if bins.exists() else {}).items():
+            found[f"reliability-{source}" if source else "reliability"] = reliability(own, f"{name}  {source}".rstrip())
+        return found
 
     def closing(self) -> None:
         """The last evaluation in words."""

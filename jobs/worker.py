@@ -23,6 +23,7 @@ from torch import Tensor
 from cluster.checkpoints import CheckpointStore
 from cluster.engine import Engine
 from cluster.errors import ClusterError
+from jobs.calibration import report_calibration
 from jobs.checkpointing import Resume, find_resume, restore, save
 from jobs.combination import Combination
 from jobs.engine_settings import training_settings
@@ -112,7 +113,7 @@ class TrainingWorker:
                 if self.stages.is_done and not last:  # it was good enough: measure it on all rows
                     last, metrics = True, metrics | self.evaluate(all_rows=True)
             if last:
-                self._finish()
+                metrics |= self._finish()
             self.progress.add(done, metrics)  # before the checkpoint: what a resume skips has its metrics on disk
             saves = last or (train.checkpoint_every > 0 and done % train.checkpoint_every == 0)
             if saves:
@@ -177,11 +178,15 @@ class TrainingWorker:
         self.engine.set_training(True)
         return metrics
 
-    def _finish(self) -> None:
-        """What the objective has left to do with the model after the last step."""
+    def _finish(self) -> dict[str, float]:
+        """What is left to do with the model after the last step, and to say of it."""
+        rows, found = self.settings.micro_batch, {}
         self.engine.set_training(False)
-        self.objective.finish(self.engine, self.place, self.settings.micro_batch)
+        self.objective.finish(self.engine, self.place, rows)
+        if self.recipe.objectives is not None and "calibration" in self.recipe.objectives.weights:
+            found = report_calibration(self.objective, self.engine, self.place, batch_rows=rows, run_dir=self.run_dir)
         self.engine.set_training(True)
+        return found
 
     def save(self, step: int) -> str:
         """Write, check and make current the checkpoint of ``step``; its folder."""

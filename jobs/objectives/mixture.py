@@ -15,8 +15,8 @@ from torch import Tensor
 
 from jobs.model_building import build_model
 from jobs.objectives.difficulty import shares_of_rows
-from jobs.objectives.objective import Extra, Objective, Place, Rows, StepResult
-from jobs.objectives.tasks import TaskObjective, can_decode
+from jobs.objectives.objective import Extra, LabelledRows, Objective, Place, Rows, StepResult
+from jobs.objectives.tasks import TaskObjective
 from jobs.objectives.text import TextObjective, language_model_step, num_targets
 from jobs.recipe import Recipe
 from jobs.recipe_schema import DataSection
@@ -100,8 +100,6 @@ class MixtureObjective(Objective):
         found = {cls.held_out_metric}
         for name, own in recipes_of(recipe).items():
             found |= {f"{metric}.{name}" for metric in _KINDS[own.data.source].evaluated(own)}
-            if own.tasks is not None and isinstance(own.tasks.difficulty, list) and can_decode(recipe):
-                found |= {f"held_out_accuracy.{name}.{level}" for level in own.tasks.difficulty}
         if any(metric.startswith("held_out_accuracy") for metric in found):
             found.add("held_out_accuracy")
         return found
@@ -137,6 +135,10 @@ class MixtureObjective(Objective):
         found[self.held_out_metric] = float(np.mean(bits))
         solved = [found[key] for name in self.parts if (key := f"held_out_accuracy.{name}") in found]
         return found | ({"held_out_accuracy": float(np.mean(solved))} if solved else {})
+
+    def held_out(self) -> dict[str, LabelledRows]:
+        """Every source's own."""
+        return {name: rows for name, part in self.parts.items() for rows in part.held_out().values()}
 
 
 class AlikeRows:

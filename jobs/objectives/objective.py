@@ -38,6 +38,15 @@ class Rows(Protocol):
         ...
 
 
+class LabelledRows(Rows, Protocol):
+    """Rows with ``shift_labels``: packed text, or problems with their answers."""
+
+    @property
+    def num_targets(self) -> int:
+        """Labels in all rows together."""
+        ...
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a worker stands among all: evaluation shares its rows out, and ``sum`` adds a tensor up over workers."""
@@ -184,6 +193,10 @@ class Objective(ABC):
 
         The model is in evaluation mode.
         """
+
+    def held_out(self) -> dict[str, LabelledRows]:
+        """Held-out rows of a language model by source, the name empty where nothing is mixed; none where it is not."""
+        return {}
 
     def settle(self, model: TrainableModel, saved: Path | None) -> list[str]:
         """Fill in what the recipe leaves to the data; ``saved``: a model's folder that knows it. What to say of it."""

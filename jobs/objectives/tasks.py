@@ -12,7 +12,7 @@ from jobs.entropy_model import settle_saved_threshold
 from jobs.evaluation import bits_per_byte
 from jobs.evaluation_tasks import held_out_accuracy
 from jobs.model_building import build_model
-from jobs.objectives.objective import Extra, Objective, Place, StepResult
+from jobs.objectives.objective import Extra, LabelledRows, Objective, Place, StepResult
 from jobs.objectives.text import language_model_step, num_targets
 from jobs.recipe import Recipe
 from jobs.task_source import load_recipe_tasks
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from cluster.engine import Engine
     from mmada.pretrained import TrainableModel
+
+ACCURACY = "held_out_accuracy"  # share of held-out problems that are solved
 
 
 class TaskObjective(Objective):
@@ -86,8 +88,11 @@ class TaskObjective(Objective):
 
     @classmethod
     def evaluated(cls, recipe: Recipe) -> set[str]:
-        """Bits, and accuracy where every worker has the whole model."""
-        return {cls.held_out_metric} | ({"held_out_accuracy"} if can_decode(recipe) else set())
+        """Bits; and accuracy where every worker has the whole model, of all and of every level where there are some."""
+        if not can_decode(recipe):
+            return {cls.held_out_metric}
+        levels = recipe.tasks.difficulty if recipe.tasks is not None else 0
+        return {cls.held_out_metric, ACCURACY, *map(accuracy_of_level, levels if isinstance(levels, list) else [])}
 
     def build_model(self) -> MMaDAForCausalLM:
         """The language model."""
@@ -113,22 +118,37 @@ class TaskObjective(Objective):
         bits = bits_per_byte(
             engine.forward, rows, num_bytes=rows.num_answer_bytes, batch_rows=batch_rows, max_rows=max_rows, place=place
         )
-        metrics = {"bits_per_answer_byte": bits}
-        if can_decode(self.recipe):
-            metrics["held_out_accuracy"] = self._accuracy(engine.module, place, max_rows)
-        return metrics
+        return {"bits_per_answer_byte": bits} | (
+            self._accuracy(engine.module, place, max_rows) if can_decode(self.recipe) else {}
+        )
 
-    def _accuracy(self, model: Any, place: Place, max_rows: int | None) -> float:
+    def held_out(self) -> dict[str, LabelledRows]:
+        """The held-out problems with their answers."""
+        return {"": self.held_out_rows}
+
+    def _accuracy(self, model: Any, place: Place, max_rows: int | None) -> dict[str, float]:
         """Workers take turns problem by problem. An answer may be as long as the longest right one."""
         items = self.tasks.held_out[:max_rows]
         own = items[place.rank :: place.world]
-        right = 0.0
+        levels = list(self.tasks.source.levels)
+        right = torch.zeros(len(levels), dtype=torch.float64)
         if own:
             longest = max(self.rows.longest_completion, self.held_out_rows.longest_completion)
             new_tokens = min(longest, model.config.max_position_embeddings - self.held_out_rows.longest_prompt)
             found = held_out_accuracy(model, self.tokenizer, self.tasks, max_new_tokens=new_tokens, items=own)
-            right = sum(answer.accuracy for answer in found.answers)
-        return float(place.sum(torch.tensor(right, dtype=torch.float64, device=place.device))) / len(items)
+            for answer in found.answers:
+                right[levels.index(answer.item.level)] += answer.accuracy
+        right = place.sum(right.to(place.device)).cpu()
+        shares = {ACCURACY: float(right.sum()) / len(items)}
+        for level, solved in zip(levels, right.tolist(), strict=True):
+            if len(levels) > 1 and (count := sum(item.level == level for item in items)):
+                shares[accuracy_of_level(level)] = solved / count
+        return shares
+
+
+def accuracy_of_level(level: int) -> str:
+    """The metric's name."""
+    return f"{ACCURACY}.level_{level}"
 
 
 def can_decode(recipe: Recipe) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from jobs.entropy_model import settle_threshold
 from jobs.evaluation import bits_per_byte
 from jobs.model_building import build_model
-from jobs.objectives.objective import Extra, Objective, Place, StepResult, router_metrics
+from jobs.objectives.objective import Extra, LabelledRows, Objective, Place, StepResult, router_metrics
 from jobs.prepared_data import cache_dir, text_source
 from jobs.recipe import Recipe
 from mmada.data import IGNORE_INDEX, PackedRows, PreparedText, load_tokenizer, open_prepared, prepare
@@ -101,12 +101,15 @@ class TextObjective(Objective):
 
     def evaluate(self, engine: Engine, place: Place, batch_rows: int, max_rows: int | None) -> dict[str, float]:
         """Bits per held-out byte."""
-        stream = self.text.held_out
-        rows = stream.rows(self.recipe.train.sequence_length)
+        stream, rows = self.text.held_out, self.held_out()[""]
         bits = bits_per_byte(
             engine.forward, rows, num_bytes=stream.num_bytes, batch_rows=batch_rows, max_rows=max_rows, place=place
         )
         return {"bits_per_byte": bits}
+
+    def held_out(self) -> dict[str, LabelledRows]:
+        """The held-out text."""
+        return {"": self.text.held_out.rows(self.recipe.train.sequence_length)}
 
 
 def num_targets(batch: dict[str, Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.studies.study import Claim, PolicyTask, RecallTaskSetting, Study, TextTask
+from jobs.studies.study import CalibrationTask, Claim, PolicyTask, RecallTaskSetting, Study, TargetTask, TextTask
 
 _LONG, _SHORT = "at 2048", "at 128"
 _TRAINED = "at 48"
@@ -158,6 +158,63 @@ POLICY_ARITHMETIC = policy_study(
     ],
 )
 
+_TARGET = 0.4
+_UNTIL = f"advance: {{when: threshold, metric: held_out_accuracy, threshold: {_TARGET}, times: 1}}"
+
+
+def _promoted(name: str, level: int, upto: float) -> str:
+    """A stage of the levels up to this one, which ends when half of its problems are solved."""
+    metric = f"held_out_accuracy.level_{level}.words"
+    rule = f"advance: {{when: threshold, metric: {metric}, threshold: 0.5, times: 1}}"
+    return f"{{name: {name}, steps: 200, difficulty: [0, {upto}], {rule}}}"
+
+
+CURRICULUM = Study(
+    title=f"Words of three lengths spelled backward, until {_TARGET:.0%} of those held out are right",
+    recipe="curriculum",
+    task=TargetTask("held_out_accuracy", _TARGET),
+    variants={
+        "all at once": [f"train.stages=[{{name: all, steps: 600, {_UNTIL}}}]"],
+        "fixed stages": [
+            "train.stages=[{name: short, steps: 80, difficulty: [0, 0.333]}, "
+            f"{{name: longer, steps: 80, difficulty: [0, 0.667]}}, {{name: all, steps: 440, {_UNTIL}}}]"
+        ],
+        "competence": [
+            f"train.stages=[{{name: all, steps: 600, pacing: {{kind: root, start: 0.333, over: 0.333}}, {_UNTIL}}}]"
+        ],
+        "success gating": [
+            f"train.stages=[{_promoted('short', 1, 0.333)}, {_promoted('longer', 2, 0.667)}, "
+            f"{{name: all, steps: 600, {_UNTIL}}}]"
+        ],
+    },
+    claims=[
+        Claim(variant, "all at once", "steps", share=share)
+        for share in (1.0, 0.5)
+        for variant in ("fixed stages", "competence", "success gating")
+    ],
+    lower_is_better=True,
+)
+
+CALIBRATION = Study(
+    title="A term for calibration beside language modelling on little text",
+    recipe="calibration",
+    task=CalibrationTask(),
+    variants={
+        "language model": ["objectives.weights={calibration: 0}"],
+        "soft bins": ["objectives.weights={calibration: 1}"],
+        "mmce": ["objectives.weights={calibration: 1}", "objectives.calibration=mmce"],
+        "brier": ["objectives.weights={calibration: 1}", "objectives.calibration=brier"],
+    },
+    claims=[
+        Claim("soft bins", "language model", "error"),
+        Claim("mmce", "language model", "error"),
+        Claim("brier", "language model", "error"),
+        Claim("language model", "language model", "scaled error", worse_measure="error"),
+        Claim("soft bins", "language model", "scaled error", worse_measure="error"),
+    ],
+    lower_is_better=True,
+)
+
 STUDIES: dict[str, Study] = {
     "positions": POSITIONS,
     "memory": MEMORY,
@@ -166,4 +223,6 @@ STUDIES: dict[str, Study] = {
     "patches": PATCHES,
     "policy": POLICY,
     "policy-arithmetic": POLICY_ARITHMETIC,
+    "curriculum": CURRICULUM,
+    "calibration": CALIBRATION,
 }

@@ -30,10 +30,12 @@ from jobs.studies.trial import Trial, run_trial, save_untrained, train_first
 Results = dict[str, dict[int, dict[str, float]]]  # variant, seed, measure
 
 
-def run(name: str, arguments: list[str]) -> int:
+def run(name: str, arguments: list[str], *, verb: str = "study", seeds: int = 3) -> int:
     """Carry out a study and print its tables; ``arguments`` are the command line's."""
-    parser = Parser(prog=f"mmada study {name}", description=STUDIES[name].title)
-    parser.add_argument("--seeds", type=int_from(2), default=3, metavar="N", help="seeds of each variant (default: 3)")
+    parser = Parser(prog=f"mmada {verb} {name}", description=STUDIES[name].title)
+    parser.add_argument(
+        "--seeds", type=int_from(2), default=seeds, metavar="N", help=f"seeds of each variant (default: {seeds})"
+    )
     parser.add_argument(
         "--processes", type=int_from(1), metavar="N", help="trials at a time, one thread each (default: one per core)"
     )
@@ -166,8 +168,8 @@ def gain_of(study: Study, claim: Claim, results: Results) -> Interval:
 
 
 def _shown(value: Interval) -> str:
-    return (
-        f"{value.mean:.3g} ± {value.half_width:.2g}"
-        if 0 < abs(value.mean) < 0.01
-        else (f"{value.mean:.3f} ± {value.half_width:.3f}")
-    )
+    if abs(value.mean) >= 100:
+        return f"{value.mean:.0f} ± {value.half_width:.0f}"
+    if 0 < abs(value.mean) < 0.01:
+        return f"{value.mean:.3g} ± {value.half_width:.2g}"
+    return f"{value.mean:.3f} ± {value.half_width:.3f}"

@@ -66,6 +66,55 @@ class PolicyTask:
 
 
 @dataclass(frozen=True)
+class TargetTask:
+    """Whole runs of ``mmada train``, each until its evaluations find ``metric`` at ``target`` or above.
+
+    The step of the first such evaluation counts; of a run that never gets there, all its steps, and ``reached`` is 0.
+    """
+
+    metric: str
+    target: float
+    unit: str = "optimizer steps to the target"
+
+    def measures(self) -> list[str]:
+        """Names of what is measured."""
+        return ["steps", "reached"]
+
+    def of(self, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The measures of a run, from the metrics of its steps."""
+        for row in rows:
+            if row.get(self.metric, 0.0) >= self.target:
+                return {"steps": row["step"], "reached": 1.0}
+        return {"steps": rows[-1]["step"], "reached": 0.0}
+
+
+@dataclass(frozen=True)
+class CalibrationTask:
+    """Whole runs of ``mmada train``: held-out calibration error at their end, as trained and at a fitted temperature.
+
+    The recipe must have a weight of calibration, which may be 0, for this to be measured.
+    """
+
+    unit: str = "held out, at the end"
+
+    def measures(self) -> list[str]:
+        """Names of what is measured."""
+        return [*self._columns()]
+
+    def of(self, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The measures of a run, from the metrics of its steps."""
+        return {name: rows[-1][metric] for name, metric in self._columns().items()}
+
+    def _columns(self) -> dict[str, str]:
+        return {
+            "error": "held_out_calibration_error",
+            "scaled error": "scaled_calibration_error",
+            "temperature": "temperature",
+            "bits per byte": "bits_per_byte",
+        }
+
+
+@dataclass(frozen=True)
 class Claim:
     """The sources say that ``better`` does better than ``worse`` in ``measure``.
 
@@ -106,7 +155,7 @@ class Study:
 
     title: str
     recipe: str
-    task: TextTask | RecallTaskSetting | PolicyTask
+    task: TextTask | RecallTaskSetting | PolicyTask | TargetTask | CalibrationTask
     variants: Mapping[str, Sequence[str]]
     claims: Sequence[Claim]
     lower_is_better: bool

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from jobs.alone import train_alone
 from jobs.bare_loop import BareLoop, text_batches
 from jobs.entropy_model import settle_threshold
 from jobs.model_building import build_model, model_config
 from jobs.recipe import Recipe, load_recipe
 from jobs.studies.policy import run_policy_trial
-from jobs.studies.study import PolicyTask, RecallTaskSetting, Study, TextTask
+from jobs.studies.study import CalibrationTask, PolicyTask, RecallTaskSetting, Study, TargetTask, TextTask
 from mmada.data import load_tokenizer, open_prepared
 from mmada.data.recall import RecallTask
 from mmada.model import MMaDAForCausalLM, count_parameters
@@ -40,6 +41,12 @@ class Trial:
         keys = [*self.study.overrides(self.variant, self.seed, self.first), *self.overrides]
         return load_recipe(self.study.recipe, keys)
 
+    def recipe_in(self, run_dir: Path) -> Recipe:
+        """The same, with all that it writes in this folder or beside it."""
+        recipe = self.recipe()
+        run = recipe.run.model_copy(update={"dir": str(run_dir.parent), "name": run_dir.name})
+        return recipe.model_copy(update={"run": run})
+
 
 def run_trial(trial: Trial) -> dict[str, float]:
     """Train and measure; every measure by name, and ``parameters``, ``loss`` of the last steps beside them.
@@ -50,6 +57,10 @@ def run_trial(trial: Trial) -> dict[str, float]:
     study, recipe = trial.study, trial.recipe()
     if isinstance(study.task, PolicyTask):
         return {**run_policy_trial(trial), "parameters": float(count_parameters(model_config(recipe))[0])}
+    if isinstance(study.task, TargetTask | CalibrationTask):
+        run_dir = Path(trial.first).parent / f"{trial.variant.replace(' ', '-')}-{trial.seed}"
+        rows = train_alone(trial.recipe_in(run_dir), run_dir)
+        return {**study.task.of(rows), "parameters": float(count_parameters(model_config(recipe))[0])}
     folder = None if trial.prepared is None else Path(trial.prepared)
     loop = BareLoop(recipe, _batches(study.task, recipe, folder))
     if folder is not None:

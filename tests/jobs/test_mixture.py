@@ -61,6 +61,9 @@ def test_a_run_learns_from_both_and_measures_each(recipe: Recipe, capsys, monkey
     bits = [last["bits_per_byte.text"], last["bits_per_answer_byte.sums"]]
     assert last["held_out_bits"] == pytest.approx(sum(bits) / 2) and all(map(math.isfinite, bits))
     assert last["held_out_accuracy"] == last["held_out_accuracy.sums"]
+    assert MixtureObjective.evaluated(recipe) <= last.keys()  # what a stage may listen to is measured
+    levels = [last[f"held_out_accuracy.level_{level}.sums"] for level in (0, 1, 2)]
+    assert sum(levels) / 3 == pytest.approx(last["held_out_accuracy.sums"])  # as many problems of each
     (run_dir / RESOLVED_RECIPE).write_text(recipe.resolved_yaml())
     monkeypatch.chdir(run_dir.parent)
     with pytest.raises(SystemExit) as ended:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +11,14 @@ import pytest
 from scipy import stats
 
 from jobs import cli
+from jobs.progress import read_metrics
 from jobs.recipe import load_recipe
 from jobs.studies.catalogue import STUDIES
 from jobs.studies.intervals import Interval, interval, verdict
 from jobs.studies.policy import finish, finished, jitter, run_policy_trial, warm_up_keys
 from jobs.studies.run import check_variant, gain_of
-from jobs.studies.study import Claim
-from jobs.studies.trial import Trial, save_untrained
+from jobs.studies.study import Claim, TargetTask
+from jobs.studies.trial import Trial, run_trial, save_untrained
 
 
 def test_the_interval_is_students():
@@ -88,6 +91,34 @@ def test_a_gain_is_taken_seed_by_seed():
     keeps, before_rope = study.claims[:2]
     assert gain_of(study, before_rope, results) == Interval(0.5, 0.0)
     assert gain_of(study, keeps, results).mean == pytest.approx(-0.05)
+
+
+def test_steps_to_a_target_are_those_of_the_first_evaluation_that_reaches_it():
+    rows = [{"step": 1}, {"step": 2, "held_out_accuracy": 0.3}, {"step": 3}, {"step": 4, "held_out_accuracy": 0.5}]
+    task = TargetTask("held_out_accuracy", 0.5)
+    assert task.of([*rows, {"step": 5, "held_out_accuracy": 0.6}]) == {"steps": 4, "reached": 1.0}
+    assert task.of(rows[:3]) == {"steps": 3, "reached": 0.0}
+
+
+def test_a_trial_may_be_a_whole_run_with_its_stages(tmp_path):
+    small = ["model.hidden_size=32", "model.num_hidden_layers=1", "train.global_batch=4", "train.evaluate_every=1"]
+    tasks = "{family: spell_backward, difficulty: [1, 2, 3], size: 60, held_out: 6}"
+    words = f"{{words: {{source: tasks, difficulty: level, tasks: {tasks}}}}}"
+    small += [f"data.sources={words}", "train.warmup_steps=0"]
+    stages = "[{name: a, steps: 1, difficulty: [0, 0.5]}, {name: b, steps: 2}]"
+    trial = Trial(STUDIES["curriculum"], "competence", 3, [*small, f"train.stages={stages}"], None, str(tmp_path / "x"))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(run_trial, trial).result()
+    assert (found["steps"], found["reached"]) == (3, 0.0)
+    rows = read_metrics(tmp_path / "competence-3", up_to=9)
+    assert [row["stage"] for row in rows] == [1, 2, 2] and "held_out_accuracy" in rows[0]
+
+
+def test_the_bench_of_curricula_is_a_study_with_five_seeds(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "curriculum", "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "mmada bench curriculum" in shown and "(default: 5)" in shown
 
 
 def test_a_study_from_the_command_line(tmp_path, capfd):
