@@ -1,119 +1,102 @@
-"""What a language model may be trained on beside its text: calibration, the price of operations, nearness to a model.
+"""One loss beside the objective: what each of them is, and how those of a step are computed together.
 
-A term is computed where it has a weight at the step, or is to be reported; a weight of 0 costs nothing. Sums over
-predictions are added up over the workers before they are compared, with gradients of this worker's own part, so that
-the loss does not depend on how many workers share a batch. With several micro batches each is taken by itself.
+A new term is a file here with a subclass of ``Term``, and a line in ``jobs.objectives.terms.table``. A term is made
+when it first has a weight, and computed at steps where it has one: without weight nothing of it is loaded, watched or
+called.
 
 # N predictions, V vocabulary
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jobs.checkpoint_folder import model_folder
 from jobs.objectives.objective import Place
-from jobs.objectives.operations import gate_costs
 from jobs.recipe import Recipe
 from jobs.recipe_schema_stages import ObjectivesSection
+from mmada.config import MMaDAConfig
 from mmada.data import IGNORE_INDEX
 from mmada.model import MMaDAForCausalLM
-from mmada.nn.observing import Live, live
 from mmada.output import MMaDAOutput
-from mmada.training.objectives.calibration import (
-    BinSums,
-    brier_score,
-    calibration_error,
-    hard_bins,
-    mmce,
-    soft_bins,
-)
-from mmada.training.objectives.compute import expected_cost, hinge
-from mmada.training.objectives.safety import divergence, squared_weights
-
-CALIBRATION, COMPUTE, SAFETY = "calibration", "compute", "safety"
 
 
-class Terms:
-    """The terms of one recipe in one worker."""
+class Term(ABC):
+    """One loss of one run in one worker; all workers make and call it together.
 
-    def __init__(self, recipe: Recipe, model: MMaDAForCausalLM, place: Place) -> None:
-        self.settings = recipe.objectives or ObjectivesSection()
-        self.model, self.place = model, place
-        self.costs = gate_costs(model)
-        self.reference: MMaDAForCausalLM | None = None
-        if self.settings.safety_reference is not None:
-            folder = model_folder(self.settings.safety_reference, "objectives.safety_reference")
-            reference = MMaDAForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            self.reference = reference.to(place.device).eval().requires_grad_(False)
+    kept: what was measured when it was made and a run that goes on must find again, as plain values; a checkpoint
+        holds it. Empty where there is nothing.
+    """
 
-    def watching(self, weights: Mapping[str, float]) -> AbstractContextManager[Live | None]:
-        """What must be open while the model runs."""
-        return live(self.model, "gate") if weights.get(COMPUTE) else nullcontext(None)
+    def __init__(self, recipe: Recipe, model: MMaDAForCausalLM, place: Place, kept: Mapping[str, Any]) -> None:
+        self.recipe, self.settings = recipe, recipe.objectives or ObjectivesSection()
+        self.model, self.place, self.kept = model, place, kept
 
+    @classmethod
+    def refusal(cls, settings: ObjectivesSection, config: MMaDAConfig) -> str | None:
+        """Why it cannot be computed under these settings, as "reason; remedy" about the loss; None where it can."""
+        return None
+
+    def watching(self) -> AbstractContextManager[Any]:
+        """What must be open while the model runs; ``of`` is given what it yields."""
+        return nullcontext()
+
+    @abstractmethod
     def of(
-        self,
-        output: MMaDAOutput,
-        batch: dict[str, Tensor],
-        share: Tensor,
-        weights: Mapping[str, float],
-        gates: Live | None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The terms that have a weight, as losses, and what there is to read of them; ``share`` as for the objective.
-
-        The mean over workers and micro batches is that of the batch.
-        """
-        losses: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor] = {}
-        if weights.get(CALIBRATION):
-            losses[CALIBRATION], more = self._calibration(output, batch, share)
-            metrics |= more
-        if weights.get(COMPUTE) and gates is not None:
-            cost = expected_cost(gates.means, self.costs)
-            losses[COMPUTE], metrics["expected_operations"] = hinge(cost, self.settings.compute_target), cost.detach()
-        if weights.get(SAFETY):
-            losses[SAFETY] = self._safety(output, batch, share)
-            metrics["reference_divergence"] = losses[SAFETY].detach()
-            metrics["squared_weights"] = squared_weights(self.model.parameters())
-        return losses, metrics
-
-    def _calibration(
-        self, output: MMaDAOutput, batch: dict[str, Tensor], share: Tensor
+        self, output: MMaDAOutput, batch: dict[str, Tensor], share: Tensor, seen: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_NV, target_N = targets_of(output, batch)
-        probability_NV = logits_NV.softmax(dim=-1)
-        confidence_N, answer_N = probability_NV.max(dim=-1)
-        correct_N = (answer_N == target_N).to(confidence_N.dtype)
-        hard = self._over_workers(hard_bins(confidence_N.detach(), correct_N).stacked())
-        metrics = {"calibration_error": calibration_error(BinSums(*hard)), "training_accuracy": correct_N.sum() / share}
-        kind = self.settings.calibration
-        if kind == "brier":
-            return brier_score(probability_NV, target_N) * len(target_N) / share, metrics
-        if kind == "mmce":
-            return mmce(confidence_N, correct_N), metrics
-        error = calibration_error(BinSums(*self._with_others(soft_bins(confidence_N, correct_N).stacked())))
-        # All workers have the same value; each one's gradient is its own part, of which a step takes the mean.
-        return error + (self.place.world - 1) * (error - error.detach()), metrics
+        """The loss of a micro batch, a scalar with gradients, unweighted; and what there is to read of it, detached.
 
-    def _safety(self, output: MMaDAOutput, batch: dict[str, Tensor], share: Tensor) -> Tensor:
-        assert self.reference is not None
-        with torch.no_grad():
-            inputs = {name: value for name, value in batch.items() if name not in ("shift_labels", "sample_ids")}
-            reference = self.reference(**inputs, use_cache=False)
-        logits_NV, _ = targets_of(output, batch)
-        return divergence(logits_NV, targets_of(reference, batch)[0]) / share
+        Sums over targets are divided by ``share``, as for the objective. The mean over workers and micro batches is
+        that of the batch. The same names are read at every step.
+        """
 
-    def _over_workers(self, value: Tensor) -> Tensor:
+    # For losses that are no sum over predictions: sums are added up over the workers before they are compared, with
+    # gradients of this worker's own part, so that the loss does not depend on how many workers share a batch. With
+    # several micro batches each is taken by itself.
+
+    def over_workers(self, value: Tensor) -> Tensor:
+        """The sum over workers, detached."""
         return self.place.sum(value.detach().clone())
 
-    def _with_others(self, own: Tensor) -> Tensor:
+    def with_others(self, own: Tensor) -> Tensor:
         """The sum over workers, with the gradient of this worker's part."""
-        return own + (self._over_workers(own) - own.detach())
+        return own + (self.over_workers(own) - own.detach())
+
+    def own_part_of(self, loss: Tensor) -> Tensor:
+        """A loss of ``with_others``, which all have alike: each one's gradient is its part, and a step takes the mean
+        over workers, so it counts as often as there are workers."""
+        return loss + (self.place.world - 1) * (loss - loss.detach())
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """The terms that have a weight at one step, by name, as ``Objective.forward`` takes them."""
+
+    terms: Mapping[str, Term]
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[str, Any]]:
+        """All of them watch while the model runs; what each is given."""
+        with ExitStack() as stack:
+            yield {name: stack.enter_context(term.watching()) for name, term in self.terms.items()}
+
+    def of(
+        self, output: MMaDAOutput, batch: dict[str, Tensor], share: Tensor, seen: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Their losses by name, and what there is to read of them."""
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            losses[name], more = term.of(output, batch, share, seen[name])
+            metrics |= more
+        return losses, metrics
 
 
 def targets_of(output: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
