@@ -6,8 +6,10 @@ run; the settings take turns. A weight of zero should cost nothing that can be m
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +78,6 @@ def step_times(recipes: dict[str, Recipe], scratch: Path, rounds: int, steps: in
     """Milliseconds per step of every contender, one for each round."""
     import torch
 
-    from jobs.bench.moe import single_process_group
     from jobs.prepared_data import text_source
     from jobs.worker import TrainingWorker
     from mmada.data import load_tokenizer, prepare
@@ -96,9 +97,25 @@ def step_times(recipes: dict[str, Recipe], scratch: Path, rounds: int, steps: in
 
         return lambda: time_of(some_steps) / steps
 
-    with single_process_group():
+    with _alone():
         turns = {name: contender(index, recipe) for index, (name, recipe) in enumerate(recipes.items())}
         return [Timings(name, times) for name, times in in_turns(turns, rounds).items()]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A process group of one, and the variable that DeepSpeed's engine asks for beside it."""
+    from jobs.bench.moe import single_process_group
+
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        with single_process_group():
+            yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 def table(times: list[Timings]) -> Table:
