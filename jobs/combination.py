@@ -5,8 +5,7 @@ All workers weigh alike: what a weight depends on is summed over them first.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from cluster.engine import Engine
 from jobs.objectives.objective import Place, StepResult
+from jobs.objectives.terms.table import PARTS, TERMS
+from jobs.objectives.terms.term import StepTerms, Term
 from jobs.recipe import Recipe
 from jobs.recipe_schema_stages import ObjectivesSection
 from jobs.stage_runner import StageRunner
-from mmada.output import MMaDAOutput
 from mmada.training.objectives.weighting import (
     NEEDS_GRADIENTS,
     after_constraint,
@@ -27,28 +27,6 @@ from mmada.training.objectives.weighting import (
     uncertainty_weights,
 )
 
-MAIN = "language_model"
-TERMS = ("calibration", "compute", "safety")  # computed beside the objective, where they have a weight
-_ROUTER = {"router_balance": "router_aux_loss_coef", "router_z": "router_z_loss_coef"}
-
-
-@dataclass
-class StepTerms:
-    """The terms of one step, as ``Objective.forward`` takes them."""
-
-    terms: Any
-    weights: dict[str, float]
-
-    def watching(self) -> AbstractContextManager[Any]:
-        """As ``Terms.watching``."""
-        return self.terms.watching(self.weights)
-
-    def of(
-        self, output: MMaDAOutput, batch: dict[str, Tensor], share: Tensor, seen: Any
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """As ``Terms.of``."""
-        return self.terms.of(output, batch, share, self.weights, seen)
-
 
 class Combination:
     """Weighs the losses of one run in one worker."""
@@ -56,25 +34,27 @@ class Combination:
     def __init__(self, recipe: Recipe, stages: StageRunner, model: Any, place: Place) -> None:
         self.recipe, self.stages, self.model, self.place = recipe, stages, model, place
         self.settings = recipe.objectives or ObjectivesSection()
-        self.terms: Any = None
-        self.effective: dict[str, float] = {}
+        self._terms: dict[str, Term] = {}
+        self.effective: dict[str, float] | None = None  # where it is the objective's own loss that is minimised
         self.norms: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
 
     def begin(self) -> StepTerms | None:
         """Before a step: what is to be computed beside the objective; None where that is nothing."""
-        self._sums, self._passes, self.norms, self.effective = {}, 0, {}, {}
-        weights = {name: self.stages.weight_of(name) for name in TERMS}
-        if self.settings.safety_limit is not None and self.settings.weights.get("safety", 0.0) > 0:
-            weights["safety"] = max(weights["safety"], 1.0)  # the price follows, the cost must be known from the start
-        if not any(weights.values()):
-            return None
-        if self.terms is None:
-            from jobs.objectives.terms import Terms
+        self._sums, self._passes, self.norms, self.effective = {}, 0, {}, None
+        terms = {name: self._term(name) for name in TERMS if self.stages.weight_of(name) > 0}
+        return StepTerms(terms) if terms else None
 
-            self.terms = Terms(self.recipe, self.model, self.place)
-        return StepTerms(self.terms, weights)
+    def _term(self, name: str) -> Term:
+        """Made when it first has a weight; what it wants kept is with the learned weights, in the checkpoint."""
+        if name not in self._terms:
+            kept = self.stages.weights.kept
+            term = TERMS[name](self.recipe, self.model, self.place, kept.get(name, {}))
+            if term.kept:
+                self.stages.weights = replace(self.stages.weights, kept={**kept, name: term.kept})
+            self._terms[name] = term
+        return self._terms[name]
 
     def total(self, engine: Engine, result: StepResult) -> Tensor:
         """The loss of a micro batch. Where nothing is set it is the objective's own, to the bit."""
@@ -98,26 +78,30 @@ class Combination:
         self.effective = weights
         if self._is_plain(result):
             return result.loss
+        if not weights:
+            return 0 * torch.stack([*result.parts.values()]).sum()
         parts = [result.parts[name] * weight if weight != 1 else result.parts[name] for name, weight in weights.items()]
         return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
     def finish(self) -> dict[str, float]:
         """After a step: learn what is to be learned of the weights; what there is to report."""
-        if not self.effective and not self.norms:
+        if self.effective is None:
             return {}
         names = list(self._sums)
         sums_K = torch.stack([self._sums[name].double() for name in names])
         means = self.place.sum(sums_K / (self._passes * self.place.world)).tolist()
-        losses = {name: mean for name, mean in zip(names, means, strict=True) if name in self.effective}
-        self._learn(losses)
-        found = {f"loss.{name}": value for name, value in losses.items()}
-        found |= {f"weight.{name}": value for name, value in self.effective.items()}
+        losses = dict(zip(names, means, strict=True))
+        self._learn(losses, self.effective)
+        # A term may have a price of 0 while it is within its limit: it is measured all the same.
+        weights = {name: self.effective.get(name, 0.0) for name in losses if name in self.effective or name in TERMS}
+        found = {f"loss.{name}": losses[name] for name in weights}
+        found |= {f"weight.{name}": value for name, value in weights.items()}
         return found | {f"gradient_norm.{name}": value for name, value in self.norms.items()}
 
-    def _learn(self, losses: dict[str, float]) -> None:
+    def _learn(self, losses: dict[str, float], effective: dict[str, float]) -> None:
         own, state = self.settings, self.stages.weights
         if own.combine == "uncertainty":
-            weighed = {name: self._asked(name) * loss for name, loss in losses.items()}
+            weighed = {name: self._asked(name) * losses[name] for name in effective}
             state = after_uncertainty(state, weighed, own.combine_rate)
         elif own.combine == "gradnorm" and self.norms:
             norms = {name: self._asked(name) * norm for name, norm in self.norms.items()}
@@ -130,8 +114,8 @@ class Combination:
     def _asked(self, name: str) -> float:
         """What the recipe weighs a loss with at this step."""
         stage, general = self.stages.stage.loss_weights, self.settings.weights
-        if name in _ROUTER and name not in stage and name not in general:
-            return getattr(self.model.config, _ROUTER[name])
+        if name not in stage and name not in general and (field := PARTS.get(name)) is not None:
+            return getattr(self.model.config, field)
         if name == "safety" and self.settings.safety_limit is not None:
             return self.stages.weights.multipliers.get("safety", 0.0)
         return self.stages.weight_of(name)
@@ -150,8 +134,8 @@ class Combination:
             return not result.parts
         if any(name in TERMS for name in result.parts):
             return False
-        named = {*self.stages.stage.loss_weights, *self.settings.weights} & {MAIN, *_ROUTER}
-        usual = {MAIN: 1.0, **{name: getattr(self.model.config, field) for name, field in _ROUTER.items()}}
+        named = {*self.stages.stage.loss_weights, *self.settings.weights} & PARTS.keys()
+        usual = {name: 1.0 if field is None else getattr(self.model.config, field) for name, field in PARTS.items()}
         return all(self._asked(name) == usual[name] for name in named)
 
     def _measures_gradients(self) -> bool:

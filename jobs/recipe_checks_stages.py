@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.recipe import Recipe, RecipeError
-from jobs.recipe_schema_stages import SourceSection, StageSection
+from jobs.recipe_schema_stages import ObjectivesSection, SourceSection, StageSection
 from jobs.stages import PARTS, pattern_of, stage_steps
 from jobs.wording import listed, shown, suggestion
 
 if TYPE_CHECKING:
     from mmada.config import MMaDAConfig
-
-# Losses that a recipe may weigh, and since when there is something to compute them from.
-OBJECTIVES = ("language_model", "calibration", "compute", "safety", "router_balance", "router_z")
-LATER = ("contrastive", "discrepancy", "diffusion", "reward")
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -89,7 +85,7 @@ def check_stages(recipe: Recipe) -> None:
         check_mixture(recipe, where, stage)
         check_range(where, stage)
         check_ways(recipe, where, stage)
-        check_weights(recipe, f"{where}.loss_weights", stage.loss_weights)
+        check_weights(f"{where}.loss_weights", stage.loss_weights)
 
 
 def check_length(recipe: Recipe, where: str, stage: StageSection) -> None:
@@ -173,18 +169,36 @@ def check_metric(recipe: Recipe, where: str, metric: str, stage: StageSection) -
         )
 
 
-def check_weights(recipe: Recipe, where: str, names: Iterable[str]) -> None:
-    """The losses are there, and have what they need."""
-    objectives = recipe.objectives
+def check_weights(where: str, names: Iterable[str]) -> None:
+    """The losses are there. Raises RecipeError."""
+    from jobs.objectives.terms.table import LATER, PARTS, TERMS
+
+    known = [*PARTS, *TERMS]
     for name in names:
         if name in LATER:
-            raise RecipeError(f"{where}.{name} has nothing to be computed from yet; use {listed(OBJECTIVES)}")
-        if name not in OBJECTIVES:
-            raise RecipeError(f"{where}.{name} is no loss; {suggestion(name, OBJECTIVES)}")
-        if name == "safety" and (objectives is None or objectives.safety_reference is None):
-            raise RecipeError(
-                f"{where}.safety stays near a model that is not named; set objectives.safety_reference to one"
-            )
+            raise RecipeError(f"{where}.{name} has nothing to be computed from yet; use {listed(known)}")
+        if name not in known:
+            raise RecipeError(f"{where}.{name} is no loss; {suggestion(name, known)}")
+
+
+def check_terms(recipe: Recipe, config: MMaDAConfig) -> None:
+    """Losses beside the objective have what they need. Raises RecipeError."""
+    settings = recipe.objectives or ObjectivesSection()
+    weighed = {"objectives.weights": [*settings.weights]}
+    weighed |= {f"train.stages.{stage.name}.loss_weights": [*stage.loss_weights] for stage in recipe.train.stages or []}
+    if not any(weighed.values()):
+        return
+    from jobs.objectives.terms.table import TERMS
+
+    for where, names in weighed.items():
+        for name in names:
+            if recipe.train.objective != "language_model":
+                raise RecipeError(
+                    f"{where}.{name} has no part in train.objective={recipe.train.objective}; leave it out"
+                )
+            refusal = TERMS[name].refusal(settings, config) if name in TERMS else None
+            if refusal is not None:
+                raise RecipeError(f"{where}.{name} {refusal}")
 
 
 def check_combination(recipe: Recipe) -> None:

@@ -165,7 +165,15 @@ class ObjectivesSection(Section):
     """Which loss ``calibration`` is; the hard calibration error is reported with each."""
 
     compute_target: Annotated[float, Field(ge=0)] = 0.0
-    """Share of the operations of the most expensive way through the gates from which on ``compute`` costs."""
+    """Share of the cost of the most expensive way through the gates from which on ``compute`` costs."""
+
+    compute_cost: Literal["operations", "seconds"] = "operations"
+    """What a way through a gate costs: the operations that it takes, or its time, measured when ``compute`` first has a
+    weight and then kept for the whole run."""
+
+    time_target: Annotated[float, Field(ge=0)] | None = None
+    """Seconds of a forward pass above which the time itself would cost. Time has no gradient, so this is a metric of
+    ``compute`` and no loss; null: not measured."""
 
     safety_reference: Name | None = None
     """The model that ``safety`` stays near: a run's folder, a checkpoint or a saved model."""

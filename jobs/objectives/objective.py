@@ -74,7 +74,7 @@ class StepResult:
 
 
 class Extra(Protocol):
-    """Terms beside the objective at one step; ``jobs.objectives.terms``."""
+    """Terms beside the objective at one step; ``jobs.objectives.terms.term``."""
 
     def watching(self) -> Any:
         """A context that must be open while the model runs."""

@@ -67,7 +67,7 @@ def record(model: nn.Module, name: str) -> Iterator[Record]:
 
 @contextmanager
 def live(model: nn.Module, name: str) -> Iterator[Live]:
-    """Gather means of what the modules of ``model`` observe under ``name``, with their gradients."""
+    """Gather sums of what the modules of ``model`` observe under ``name``, with their gradients."""
     with _opened(Live(model, name)) as values:
         yield values
 
@@ -191,15 +191,17 @@ class Record:
 
 
 class Live:
-    """Means of observed values of one name over all tokens that count, for losses that are made of them.
+    """Sums of observed values of one name over all tokens that count, for losses that are made of their means.
 
-    ``means``: by the module's name, a scalar with its gradient; of a module that no token reached 0.
+    ``sums``: by the module's name, a scalar with its gradient; ``counts``: how many values are in it, 0 of a module
+    that no token reached.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self._named = {module: own_name for own_name, module in model.named_modules()}
         self._name = name
-        self.means: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
 
     def add(self, module: nn.Module, where: Tensor | None, values: dict[str, Tensor | Callable[[], Tensor]]) -> None:
         """Take what ``observe`` was given, if it is what this gathers."""
@@ -208,7 +210,8 @@ class Live:
         value = values[self._name]
         tensor = value if isinstance(value, Tensor) else value()
         counted = tensor if where is None else tensor[where]
-        self.means[self._named[module]] = counted.sum() / max(1, counted.numel())
+        own_name = self._named[module]
+        self.sums[own_name], self.counts[own_name] = counted.sum(), counted.numel()
 
 
 def summarise(module: nn.Module, moments: dict[str, Moments]) -> dict[str, float]:

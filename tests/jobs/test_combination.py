@@ -10,6 +10,8 @@ import torch
 
 from jobs.recipe import Recipe, RecipeError
 from jobs.recipe_checks import check
+from mmada.model import MMaDAForCausalLM
+from mmada.presets import build_config
 from tests.jobs.workers import run_together, small_recipe
 
 STEPS = 4
@@ -24,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gradnorm": WEIGHTS | {"objectives.combine": "gradnorm"},
     "project": {"objectives.weights": "{calibration: 30.0, router_z: 0.5}", "objectives.combine": "project"},
 }
+PAIRS = {"data.source": "tasks", "tasks.family": "coin_flip", "data.limit_documents": "null"}
 ONE = {"cluster.workers": 1, "cluster.expert_parallel": 1, "train.zero_stage": 0}
 TWO = {"cluster.workers": 2, "cluster.expert_parallel": 2}
 
@@ -98,8 +101,26 @@ def test_each_way_does_something(found):
         ({"objectives.combine": "gradnorm", "train.micro_batch": 1}, "leave train.micro_batch out"),
         ({"objectives.weights": "{calibrated: 1.0}"}, "objectives.weights.calibrated is no loss"),
         ({"objectives.weights": "{safety: 1.0}"}, "set objectives.safety_reference"),
+        ({"objectives.weights": "{compute: 1.0}"}, "objectives.weights.compute prices gates"),
+        (
+            {"objectives.weights": "{safety: 0.0}", "objectives.safety_reference": "/nowhere"},
+            "objectives.safety_reference=/nowhere is not a folder",
+        ),
+        (
+            {"objectives.weights": "{router_z: 0.1}", "train.objective": "reward", **PAIRS},
+            "objectives.weights.router_z has no part in train.objective=reward",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(keys, said, tmp_path: Path):
     with pytest.raises(RecipeError, match=said):
         check(small_recipe(tmp_path, **keys))
+
+
+def test_a_model_to_stay_near_has_the_same_vocabulary(tmp_path: Path):
+    MMaDAForCausalLM(build_config("debug", num_experts=0, mlp_layer_types=None, vocab_size=300)).save_pretrained(
+        tmp_path
+    )
+    keys = {"objectives.weights": "{safety: 1.0}", "objectives.safety_reference": tmp_path}
+    with pytest.raises(RecipeError, match="compares 264 tokens with the 300 of objectives.safety_reference="):
+        check(small_recipe(tmp_path / "runs", **keys))

@@ -131,6 +131,10 @@ WRONG = {
     ),
     "a loss of later": ({f"{STAGE}.loss_weights": {"contrastive": 1.0}}, "has nothing to be computed from yet"),
     "safety without a model": ({f"{STAGE}.loss_weights": {"safety": 1.0}}, "set objectives.safety_reference to one"),
+    "operations without gates": (
+        {f"{STAGE}.loss_weights": {"compute": 1.0}},
+        "sums.loss_weights.compute prices gates that decide what is computed, and this model has none; use model.mixer",
+    ),
     "a batch that does not divide": (
         {"train.stages.2.global_batch": 9, "cluster": {"workers": 2}},
         "global_batch=9 is not divisible by cluster.workers=2; use 10",

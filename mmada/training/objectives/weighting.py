@@ -31,13 +31,15 @@ class WeightState:
     """What has been learned about the losses, by name.
 
     ``log_variances`` of ``uncertainty``, 0 at the start; ``scales`` of ``gradnorm``, 1 at the start; ``first``: the
-    losses of its first step; ``multipliers`` of constraints, 0 at the start.
+    losses of its first step; ``multipliers`` of constraints, 0 at the start; ``kept``: by loss, whatever else it was
+    measured with at first.
     """
 
     log_variances: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     first: Mapping[str, float] = field(default_factory=dict)
     multipliers: Mapping[str, float] = field(default_factory=dict)
+    kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint's metadata."""

@@ -46,6 +46,14 @@ def test_z_loss_equals_switch_transformers_by_value_and_gradient():
     assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_gradients_are_those_of_finite_differences(top_k):
+    logits = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
+    load = expert_load(logits, top_k).double()
+    assert torch.autograd.gradcheck(lambda z: balance_loss(z, load, 12), [logits])
+    assert torch.autograd.gradcheck(z_loss, [logits])
+
+
 def test_golden_values():
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]]).double()
     load = expert_load(probabilities.log(), 1)

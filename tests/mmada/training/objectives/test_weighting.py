@@ -58,6 +58,22 @@ def test_uncertainty_goes_down_its_own_gradient_to_where_the_weight_is_half_of_o
     assert uncertainty_weights(WeightState(), ["a"]) == {"a": 0.5}
 
 
+def test_a_step_of_gradnorm_goes_down_the_gradient_of_its_own_loss():
+    """Algorithm 1 of arXiv:1711.02257 by autograd, on losses with known gradients."""
+    losses, norms = {"a": 0.8, "b": 2.4, "c": 0.5}, {"a": 3.0, "b": 0.2, "c": 1.0}
+    first, old = {"a": 1.0, "b": 2.0, "c": 2.0}, {"a": 0.7, "b": 1.5, "c": 0.8}
+    w = torch.tensor([*old.values()], dtype=torch.float64, requires_grad=True)
+    norm = torch.tensor([*norms.values()], dtype=torch.float64)
+    fallen = torch.tensor([losses[name] / first[name] for name in losses], dtype=torch.float64)
+    target = ((w * norm).mean() * (fallen / fallen.mean()) ** 1.5).detach()
+    (w * norm - target).abs().sum().backward()
+    stepped = w.detach() - 0.01 * w.grad
+    expected = stepped * 3 / stepped.sum()
+    after = after_gradnorm(WeightState(first=first, scales=old), losses, norms, alpha=1.5, rate=0.01)
+    assert [*after.scales.values()] == pytest.approx(expected.tolist(), rel=1e-12)
+    assert after.first == first
+
+
 def test_normalised_gradients_become_alike():
     """Two losses that fall alike, one with a gradient ten times as large: in the end both weigh the same."""
     state, norms = WeightState(), {"a": 10.0, "b": 1.0}

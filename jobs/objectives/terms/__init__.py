@@ -1,0 +1,1 @@
+"""Losses that a language model may learn from beside its text; ``table`` lists them."""
