@@ -18,7 +18,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from jobs import recipe_yaml
 from jobs.entropy_model import with_entropy_model
 from jobs.recipe import RESOLVED_RECIPE, WANTED, Recipe, RecipeError
-from jobs.recipe_checks_stages import check_combination, check_frozen, check_sources, check_stages, check_weights
+from jobs.recipe_checks_stages import (
+    check_combination,
+    check_frozen,
+    check_gates,
+    check_sources,
+    check_stages,
+    check_weights,
+)
 from jobs.recipe_checks_tasks import check_objective, check_start, check_task_data, check_threshold
 from jobs.wording import listed, shown, suggestion
 
@@ -92,6 +99,7 @@ def check(recipe: Recipe) -> None:
     check_threshold(recipe, config)
     check_start(recipe, config)
     check_frozen(recipe, config)
+    check_gates(recipe, config)
     check_gpus(recipe)
 
 

@@ -211,6 +211,21 @@ def check_combination(recipe: Recipe) -> None:
         )
 
 
+def check_gates(recipe: Recipe, config: MMaDAConfig) -> None:
+    """A price of operations has gates that choose what is computed. Raises RecipeError."""
+    if config.hybrid.fusion == "routed" and "hybrid" in config.mixer_types:
+        return
+    weighed = [("objectives.weights", recipe.objectives.weights if recipe.objectives is not None else {})]
+    weighed += [(f"train.stages.{stage.name}.loss_weights", stage.loss_weights) for stage in recipe.train.stages or []]
+    for where, weights in weighed:
+        weight = weights.get("compute", 0)
+        if any(weight) if isinstance(weight, list) else weight:
+            raise RecipeError(
+                f"{where}.compute={weight} has no gates in this model that choose what is computed; leave compute out, "
+                "or use hybrid layers with model.hybrid.fusion=routed"
+            )
+
+
 def check_frozen(recipe: Recipe, config: MMaDAConfig) -> None:
     """What stages freeze is there, and something is left to learn. Raises RecipeError."""
     import torch
