@@ -245,7 +245,7 @@ class PPORun(Driver):
         """Scores on the held-out problems, and an export."""
         return [f"evaluate  {mmada} evaluate {checkpoint}", *super().what_next(mmada, checkpoint)]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, is_done: bool) -> dict[str, Any]:
         """What was gained, at what speed, and what failed on the way."""
         curves, record = self.record.curves, self.record
         reward = [value for _, value in sorted(curves.get("reward", {}).items())]

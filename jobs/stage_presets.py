@@ -119,8 +119,8 @@ def _chosen(section: StagePresetSection) -> Sequence[PresetStage]:
         stage, need, them = ("stages", "need", "them") if len(lacking) > 1 else ("stage", "needs", "it")
         rest = [each.name for each in chosen if not each.needs] or possible
         raise RecipeError(
-            f"train.stages.preset={preset} with its {stage} {names} {need} {lacking[0].needs}, which no source gives yet; "
-            f"leave {them} out with only: [{', '.join(rest)}]"
+            f"train.stages.preset={preset} with its {stage} {names} {need} {lacking[0].needs}, which no source gives "
+            f"yet; leave {them} out with only: [{', '.join(rest)}]"
         )
     return chosen
 
