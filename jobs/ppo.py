@@ -231,7 +231,7 @@ class PPORun(Driver):
 
     def closing(self) -> None:
         """How much was gained."""
-        found = self.summary()
+        found = self.summary(is_done=True)
         accuracies = (found["accuracy_before"], found["accuracy_after"])
         before, after = ("not measured" if each is None else f"{each:.1%}" for each in accuracies)
         rewards = (

@@ -64,8 +64,9 @@ def with_preset_stages(values: dict[str, Any]) -> dict[str, Any]:
     stages = train.get("stages") if isinstance(train, dict) else None
     if not isinstance(train, dict) or not isinstance(stages, dict):
         return values
-    for key in stages.keys() - StagePresetSection.model_fields.keys():
-        remedy = suggestion(key, StagePresetSection.model_fields)
+    keys = StagePresetSection.model_fields
+    for key in stages.keys() - keys.keys():
+        remedy = suggestion(key, keys)
         raise RecipeError(f"train.stages.{key}={shown(stages[key])} is not a key of a preset; {remedy}")
     if "preset" not in stages:
         raise RecipeError(
@@ -138,7 +139,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override={override} names no section; write {guess or 'section.key'}={text}")
     *outer, last = field.split(".")
     # Keys inside keys: model.ssm.state_size, tasks.config.…, and train.stages.factor of a preset.
-    of_preset = outer[:1] == ["stages"] and isinstance((values.get(section) or {}).get("stages"), dict)
+    train = values.get("train")
+    preset = train.get("stages") if isinstance(train, dict) and section == "train" else None
+    of_preset = outer[:1] == ["stages"] and isinstance(preset, dict)
     if outer and section != "model" and outer != ["config"] and not of_preset:
         raise RecipeError(
             f"override={override} reaches inside a key; set it whole: {section}.{outer[0]}={{{last}: {text}}}"
@@ -167,7 +170,7 @@ def first_mistake(error: ValidationError, within: tuple[str, ...] = ()) -> str:
 
     ``within``: where in the recipe stands what was validated.
     """
-    order = {"extra_forbidden": 0, "missing": 2}
+    order: dict[Any, int] = {"extra_forbidden": 0, "missing": 2}
     found = [{**each, "loc": (*within, *each["loc"])} for each in error.errors(include_url=False)]
     mistakes = sorted(found, key=lambda each: order.get(each["type"], 1))
     line = describe(mistakes[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,9 +213,11 @@ def check_combination(recipe: Recipe) -> None:
 
 def check_gates(recipe: Recipe, config: MMaDAConfig) -> None:
     """A price of operations has gates that choose what is computed. Raises RecipeError."""
-    if config.hybrid.fusion == "routed" and "hybrid" in config.mixer_types:
+    if config.hybrid.fusion == "routed" and "hybrid" in (config.mixer_types or ()):
         return
-    weighed = [("objectives.weights", recipe.objectives.weights if recipe.objectives is not None else {})]
+    weighed: list[tuple[str, Mapping[str, float | list[float]]]] = []
+    if recipe.objectives is not None:
+        weighed.append(("objectives.weights", dict(recipe.objectives.weights)))
     weighed += [(f"train.stages.{stage.name}.loss_weights", stage.loss_weights) for stage in recipe.train.stages or []]
     for where, weights in weighed:
         weight = weights.get("compute", 0)

@@ -78,7 +78,8 @@ def stages_of_preset(section: StagePresetSection, sources: Collection[str]) -> l
         if name not in [stage.name for stage in chosen]:
             known = [stage.name for stage in chosen]
             raise RecipeError(f"train.stages.changes.{name} is no stage of this run; {suggestion(name, known)}")
-    stages, read = [], list[str]()
+    stages: list[dict[str, Any]] = []
+    read: list[str] = []
     for stage in chosen:
         steps = round(stage.steps * section.factor)
         if steps < 1:
