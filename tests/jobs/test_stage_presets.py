@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from jobs.recipe import RecipeError, load_recipe
-from jobs.recipe_checks import check
+from jobs.recipe_checks import check, check_run
 from jobs.recipe_schema import Recipe
 from jobs.stage_presets import PRESETS
 from jobs.stages import stages_of
@@ -166,6 +166,18 @@ def test_a_source_that_is_missing_is_named(sources: dict[str, Any] | None, said:
     values = values_of({"preset": "reasoning", "only": REASONING}, **{"data.sources": sources})
     with pytest.raises(RecipeError, match=said):
         read(tmp_path, values)
+
+
+def test_a_run_does_not_go_on_with_other_stages(tmp_path: Path):
+    values = values_of({"preset": "multimodal", "factor": 0.001, "only": ["text"]})
+    recipe = read(tmp_path, values)
+    recipe.run_dir.mkdir()
+    (recipe.run_dir / "recipe.yaml").write_text(recipe.resolved_yaml())
+    check_run(read(tmp_path, values, "run.resume=true"))
+    with pytest.raises(
+        RecipeError, match=r"train.stages=\[.*\.\.\. is not what run.name=staged began with; use that of"
+    ):
+        check_run(read(tmp_path, values, "run.resume=true", "train.stages.factor=0.002"))
 
 
 def test_the_command_ends_with_two(tmp_path: Path):
