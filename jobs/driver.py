@@ -135,6 +135,10 @@ class Driver:
         """Whether a step's line stays on the terminal."""
         return False
 
+    def before(self, row: dict[str, Any]) -> list[str]:
+        """Lines that stand before a step's own, such as what begins with it."""
+        return []
+
     def heard(self, row: dict[str, Any]) -> None:
         """A step's metrics have come, for the first time."""
 
@@ -145,8 +149,8 @@ class Driver:
     def closing(self) -> None:
         """Say how it ended, when all steps are done."""
 
-    def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` holds beside what every run's does."""
+    def summary(self, is_done: bool) -> dict[str, Any]:
+        """What ``summary.json`` holds beside what every run's does; ``is_done``: all steps are."""
         return {}
 
     # The run.
@@ -235,11 +239,12 @@ class Driver:
                 if row["step"] not in self.tracked:  # its report was lost with a worker or with a driver
                     self._take(row)
         else:
-            *earlier, last = [{**row, **self._take(row)} for row in message["history"]]
-            for row in earlier:
-                if self.stays(row):
-                    self.line.update(row, stays=True)
-            self.line.update(last, stays=self.stays(last))
+            rows = [{**row, **self._take(row)} for row in message["history"]]
+            for row in rows:
+                for words in self.before(row):
+                    self.line.say(words)
+                if self.stays(row) or row is rows[-1]:
+                    self.line.update(row, stays=self.stays(row))
 
     def _take(self, row: dict[str, Any]) -> dict[str, float]:
         """Record a step here and, unless it is there, in MLflow; its metrics."""
@@ -286,7 +291,7 @@ class Driver:
             "metrics": self.record.metrics,
             "mlflow_run_id": self.state["mlflow_run_id"],
             "checkpoint": self.record.checkpoint,
-            **self.summary(),
+            **self.summary(error is None),
         }
         if error:
             is_signal = isinstance(error, SystemExit)  # the session makes one of SIGTERM: its text is a number
@@ -302,12 +307,15 @@ class Driver:
         say(f"  look      {uri if uri.startswith('http') else ui}")
         for line in self.what_next(f"{bin_dir}/mmada", checkpoint):
             say(f"  {line}")
-        more = f"run.name={self.recipe.run.name} run.resume=true {self.steps_key}={self.steps * 2}"
-        say(f"  go on     the same command with {more}")
+        say(f"  go on     the same command with {self.how_to_go_on(checkpoint)}")
 
     def what_next(self, mmada: str, checkpoint: str) -> list[str]:
         """Commands to try on what has been learned."""
         return [f"export    {mmada} export {checkpoint} my-model"]
+
+    def how_to_go_on(self, checkpoint: str) -> str:
+        """What the user adds to the command to learn more."""
+        return f"run.name={self.recipe.run.name} run.resume=true {self.steps_key}={self.steps * 2}"
 
     def _remember(self, **values: Any) -> None:
         self.state |= values

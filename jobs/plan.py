@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from jobs.activations import BYTES, Activations, activation_memory
 from jobs.recipe import Recipe, RecipeError
+from jobs.recipe_schema import TrainSection
 from jobs.stages import stages_of
 
 if TYPE_CHECKING:
@@ -213,8 +214,8 @@ def engine_words(recipe: Recipe, config: MMaDAConfig) -> tuple[str, ...]:
         else "bf16 weights and gradients, a 32-bit copy of the weights in the optimizer",
         f"AdamW, weight decay {train.weight_decay:g}; "
         + (f"gradients clipped at norm {train.clip_grad_norm:g}" if train.clip_grad_norm else "gradients not clipped"),
-        f"learning rate {train.learning_rate:g} after {train.warmup_steps} steps of warm-up, then a cosine to "
-        f"{train.learning_rate * train.min_learning_rate_ratio:g}",
+        f"learning rate {train.learning_rate:g} after {train.warmup_steps} steps of warm-up, then "
+        f"{schedule_words(train)}",
     ]
     if parallel > 1:
         words.append(
@@ -228,6 +229,19 @@ def engine_words(recipe: Recipe, config: MMaDAConfig) -> tuple[str, ...]:
     if train.gradient_checkpointing:
         words.append("blocks computed anew in the backward pass")
     return tuple(words)
+
+
+def schedule_words(train: TrainSection) -> str:
+    """What the learning rate does behind the warm-up."""
+    lowest = f"{train.learning_rate * train.min_learning_rate_ratio:g}"
+    return {
+        "cosine": f"a cosine to {lowest}",
+        "linear": f"a straight line to {lowest}",
+        "constant": "constant",
+        "wsd": f"constant, and over the last {train.decay_steps} steps down to {lowest}",
+        "inverse_sqrt": f"one over the root of the steps, {lowest} at least",
+        "adaptive": f"lower whenever evaluations no longer become better, to {lowest} at least",
+    }[train.schedule]
 
 
 def doubts(plan: Plan) -> tuple[str, ...]:

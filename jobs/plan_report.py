@@ -8,6 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.plan import Plan, gib
+from jobs.recipe import Recipe
+from jobs.recipe_schema_stages import AdvanceSection
+from jobs.stage_spans import can_end_early
+from jobs.stages import lower_is_better, stages_of
 
 WIDTH = 100
 
@@ -17,8 +21,9 @@ def show(plan: Plan, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     recipe = plan.recipe
-    console.print(f"[bold]{recipe.run.name}[/bold]  preset {recipe.model.preset}, {recipe.train.steps} steps\n")
-    for part in (facts(plan), memory_table(plan), resources_table(plan)):
+    steps = f"{'at most ' * can_end_early(recipe.train)}{recipe.train.steps} steps"
+    console.print(f"[bold]{recipe.run.name}[/bold]  preset {recipe.model.preset}, {steps}\n")
+    for part in (facts(plan), *stages_table(recipe), memory_table(plan), resources_table(plan)):
         console.print(part)
     if plan.warnings:
         console.print("[bold]look at[/bold]")
@@ -35,9 +40,16 @@ def facts(plan: Plan) -> Table:
     micro = "micro batch" if batch.accumulation == 1 else "micro batches"
     workers = "worker" if batch.workers == 1 else "workers"
     data = "problems" if plan.recipe.data.source == "tasks" else "text"
-    epochs = "the text is not prepared yet" if batch.epochs is None else f"{batch.epochs:.2f} times through the {data}"
+    if plan.recipe.train.stages is None:
+        tokens = f"{batch.tokens_per_step:,} tokens per step, {batch.tokens_in_run:,} in the run"
+    else:  # whose steps differ
+        tokens = f"{'at most ' * can_end_early(plan.recipe.train)}{batch.tokens_in_run:,} tokens in the run"
     if plan.recipe.train.objective == "reward":
-        epochs = "two completions for each row"
+        tokens += ": two completions for each row"
+    elif batch.epochs is not None:
+        tokens += f": {batch.epochs:.2f} times through the {data}"
+    elif plan.recipe.data.source != "mixture":
+        tokens += ": the text is not prepared yet"
     rows = {
         "model": [
             f"{size.total:,} parameters"
@@ -47,7 +59,7 @@ def facts(plan: Plan) -> Table:
         "batch": [
             f"{batch.global_batch} rows = {batch.workers} {workers} x {batch.accumulation} {micro} x "
             f"{batch.micro_batch} rows",
-            f"{batch.tokens_per_step:,} tokens per step, {batch.tokens_in_run:,} in the run: {epochs}",
+            tokens,
         ],
         "DeepSpeed": plan.engine,
     }
@@ -55,6 +67,40 @@ def facts(plan: Plan) -> Table:
         for position, line in enumerate(lines):
             grid.add_row("" if position else f"[bold]{name}[/bold]", Text(line))
     return grid
+
+
+def stages_table(recipe: Recipe) -> list[Table]:
+    """The stages in order: how long, in what batches, of what, until when, and what rests; none without stages."""
+    train, sources = recipe.train, list(recipe.data.sources or [recipe.data.source])
+    if train.stages is None:
+        return []
+    table = table_of("stages", "steps", "batch")
+    for column in ("of what", "ends early when", "frozen"):
+        table.add_column(column)
+    for section, stage in zip(train.stages, stages_of(recipe, sources), strict=True):
+        mixture = {name: weight for name, weight in zip(sources, stage.weights, strict=True) if weight > 0}
+        whole = sum(mixture.values())
+        table.add_row(
+            section.name,
+            str(stage.plan.steps),
+            f"{stage.global_batch} x {stage.sequence_length}",
+            ", ".join(f"{name} {weight / whole:.0%}" for name, weight in mixture.items()),
+            way_on(section.advance),
+            ", ".join(section.frozen) or "nothing",
+        )
+    table.caption = "batch: rows x tokens; shares are those of the rows"
+    return [table]
+
+
+def way_on(advance: AdvanceSection | None) -> str:
+    """What ends a stage before its last step, in words."""
+    if advance is None:
+        return "never"
+    evaluations = f"{advance.times} evaluation{'s' * (advance.times > 1)} running"
+    if advance.when == "plateau":
+        return f"{advance.metric} no better in {evaluations}"
+    sign = "<=" if lower_is_better(advance.metric) else ">="
+    return f"{advance.metric} {sign} {advance.threshold:g} in {evaluations}"
 
 
 def memory_table(plan: Plan) -> Table:

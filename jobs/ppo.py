@@ -231,7 +231,7 @@ class PPORun(Driver):
 
     def closing(self) -> None:
         """How much was gained."""
-        found = self.summary()
+        found = self.summary(is_done=True)
         accuracies = (found["accuracy_before"], found["accuracy_after"])
         before, after = ("not measured" if each is None else f"{each:.1%}" for each in accuracies)
         rewards = (
@@ -245,7 +245,7 @@ class PPORun(Driver):
         """Scores on the held-out problems, and an export."""
         return [f"evaluate  {mmada} evaluate {checkpoint}", *super().what_next(mmada, checkpoint)]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, is_done: bool) -> dict[str, Any]:
         """What was gained, at what speed, and what failed on the way."""
         curves, record = self.record.curves, self.record
         reward = [value for _, value in sorted(curves.get("reward", {}).items())]

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from jobs import recipe_yaml
 from jobs.recipe_schema import RESOLVED_RECIPE, Recipe, RecipeError
+from jobs.recipe_schema_stages import StagePresetSection
+from jobs.stage_presets import stages_of_preset
 from jobs.stages import planned_steps
 from jobs.wording import closest, listed, shown, suggestion
 
@@ -53,7 +55,30 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         )
     for override in overrides:
         apply_override(values, override)
-    return with_planned_steps(values)
+    return with_planned_steps(with_preset_stages(values))
+
+
+def with_preset_stages(values: dict[str, Any]) -> dict[str, Any]:
+    """These values with ``train.stages`` as a list where they name a preset. Raises RecipeError."""
+    train, data = values.get("train"), values.get("data")
+    stages = train.get("stages") if isinstance(train, dict) else None
+    if not isinstance(train, dict) or not isinstance(stages, dict):
+        return values
+    keys = StagePresetSection.model_fields
+    for key in stages.keys() - keys.keys():
+        remedy = suggestion(key, keys)
+        raise RecipeError(f"train.stages.{key}={shown(stages[key])} is not a key of a preset; {remedy}")
+    if "preset" not in stages:
+        raise RecipeError(
+            f"train.stages={shown(stages)} names no preset; write train.stages={{preset: reasoning}}, say, or a list"
+        )
+    try:
+        section = StagePresetSection.model_validate(stages)
+    except ValidationError as error:
+        raise RecipeError(first_mistake(error, ("train", "stages"))) from error
+    sources = data.get("sources") if isinstance(data, dict) else None
+    own = stages_of_preset(section, sources if isinstance(sources, dict) else ())
+    return {**values, "train": {**train, "stages": own}}
 
 
 def with_planned_steps(values: dict[str, Any]) -> Recipe:
@@ -113,7 +138,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         guess = sections_of(key)
         raise RecipeError(f"override={override} names no section; write {guess or 'section.key'}={text}")
     *outer, last = field.split(".")
-    if outer and section != "model" and outer != ["config"]:  # keys inside keys: model.ssm.state_size, tasks.config.…
+    # Keys inside keys: model.ssm.state_size, tasks.config.…, and train.stages.factor of a preset.
+    train = values.get("train")
+    preset = train.get("stages") if isinstance(train, dict) and section == "train" else None
+    of_preset = outer[:1] == ["stages"] and isinstance(preset, dict)
+    if outer and section != "model" and outer != ["config"] and not of_preset:
         raise RecipeError(
             f"override={override} reaches inside a key; set it whole: {section}.{outer[0]}={{{last}: {text}}}"
         )
@@ -136,10 +165,14 @@ def parse(text: str, name: str) -> Any:
         raise RecipeError(f"{name} is no valid YAML: {error}; mend it there") from error
 
 
-def first_mistake(error: ValidationError) -> str:
-    """One line for the mistake to mend first: a misspelt key comes before the one that is then missing."""
-    order = {"extra_forbidden": 0, "missing": 2}
-    mistakes = sorted(error.errors(include_url=False), key=lambda each: order.get(each["type"], 1))
+def first_mistake(error: ValidationError, within: tuple[str, ...] = ()) -> str:
+    """One line for the mistake to mend first: a misspelt key comes before the one that is then missing.
+
+    ``within``: where in the recipe stands what was validated.
+    """
+    order: dict[Any, int] = {"extra_forbidden": 0, "missing": 2}
+    found = [{**each, "loc": (*within, *each["loc"])} for each in error.errors(include_url=False)]
+    mistakes = sorted(found, key=lambda each: order.get(each["type"], 1))
     line = describe(mistakes[0])
     others = {place(mistake) for mistake in mistakes} - {place(mistakes[0])}  # a choice of types is one mistake
     return f"{line} (and {len(others)} more)" if others else line

@@ -380,6 +380,8 @@ def check_resumed(recipe: Recipe, saved: Path) -> None:
             continue
         if key not in before:
             remedy = f"{key} was not set then: leave it out, or choose another run.name"
+        elif isinstance(before[key], list | dict):  # of several lines
+            remedy = f"use that of {saved}, or choose another run.name"
         else:
             remedy = f"use {key}={before[key]} as then, or choose another run.name"
         raise RecipeError(f"{key}={shown(now.get(key))} is not what run.name={recipe.run.name} began with; {remedy}")

@@ -81,7 +81,7 @@ class TrainSection(Section):
     """Optimizer steps of the whole run, counted from its first start; with ``stages`` it is theirs together."""
 
     stages: Annotated[list[StageSection], Field(min_length=1)] | None = None
-    """The run in stages, one after the other; null: all of it is one."""
+    """The run in stages, one after the other; null: all of it is one. A section with ``preset`` stands for a list."""
 
     objective: Literal["language_model", "reward"] = "language_model"
     """``language_model``: predict text, or the answers of ``data.source=tasks``; ``reward``: tell the better of two

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -140,6 +140,23 @@ class StageSection(Section):
 
     advance: AdvanceSection | None = None
     """What ends it early; null: nothing."""
+
+
+class StagePresetSection(Section):
+    """``train.stages`` as a named curriculum, which becomes a list of stages when the recipe is read."""
+
+    preset: Name
+    """``reasoning``: core, multi-hop, causal, multimodal; ``features``: foundation, enhanced, metacognition;
+    ``multimodal``: text, alignment, multimodal. ``jobs/stage_presets.py`` has their lengths and settings."""
+
+    factor: float = 1.0
+    """What the lengths of all its stages are multiplied with, more than 0."""
+
+    only: list[Name] | None = None
+    """Those of its stages that are run, in the preset's order; null: all."""
+
+    changes: dict[str, dict[str, Any]] = {}
+    """Keys of stages by name, instead of or beside the preset's own: ``{core: {sequence_length: 96}}``."""
 
 
 class ObjectivesSection(Section):

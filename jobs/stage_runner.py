@@ -155,7 +155,7 @@ class StageRunner:
     def stepped(self, gradient_norm: float) -> dict[str, float]:
         """One step more; what there is to report of it."""
         stage = self.stage
-        metrics = {"stage": float(self.state.stage + 1)} if len(self.stages) > 1 else {}
+        metrics = {"stage": float(self.state.stage + 1)} if self.recipe.train.stages is not None else {}
         if stage.plan.pacing is not None:
             metrics["competence"] = competence(stage.plan, self.state)
         if self.recipe.train.schedule == "adaptive":

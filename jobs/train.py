@@ -12,6 +12,8 @@ from jobs.driver import Driver, RunRecord, only_cpus, start
 from jobs.objectives.objective import Objective
 from jobs.objectives.registry import prepare_objective
 from jobs.recipe import Recipe
+from jobs.stage_spans import StageSpan, closing, opening, stage_spans
+from mmada.plots.learning_curve import mark_stages
 from mmada.plots.reliability import reliability
 
 
@@ -59,6 +61,7 @@ class TrainingRun(Driver):
 
     def __init__(self, recipe: Recipe, run_dir: Path, objective: Objective) -> None:
         self.objective = objective
+        self._stage = 0.0  # number of the stage that the terminal has been told of
         super().__init__(recipe, run_dir, objective.fingerprint, objective.source)
 
     def make_record(self) -> RunRecord:
@@ -96,20 +99,53 @@ class TrainingRun(Driver):
         """Where there was an evaluation."""
         return self.objective.held_out_metric in row
 
+    def before(self, row: dict[str, Any]) -> list[str]:
+        """The stage that begins, or is gone on with."""
+        if row.get("stage", self._stage) == self._stage:
+            return []
+        self._stage = row["stage"]
+        return [opening(self.recipe.train, span) for span in self.spans() if span.number == self._stage]
+
+    def heard(self, row: dict[str, Any]) -> None:
+        """MLflow is told by a tag where a stage begins."""
+        curve = self.record.curves.get("stage", {})
+        if "stage" in row and curve.get(row["step"] - 1) != row["stage"]:
+            (span,) = [span for span in self.spans() if span.number == row["stage"]]
+            self.tracker.tag({"stage": span.name, f"stage.{span.number}": f"{span.name}, from step {span.first}"})
+
+    def spans(self, is_done: bool = False) -> list[StageSpan]:
+        """The stages that have begun; none of a recipe without."""
+        return stage_spans(self.recipe.train, self.record.curves.get("stage", {}), is_done)
+
+    def summary(self, is_done: bool) -> dict[str, Any]:
+        """The last step of every stage that has ended."""
+        if self.recipe.train.stages is None:
+            return {}
+        return {"stages": {span.name: span.last for span in self.spans(is_done) if span.has_ended}}
+
     def figures(self) -> dict[str, Any]:
         """The learning curve; and where it was asked for, how far confidence can be believed."""
         name = self.recipe.run.name
-        found = {"learning_curve": self.objective.figure(self.record.curves, name)}
-        bins = self.run_dir / BINS_FILE
+        curve = self.objective.figure(self.record.curves, name)
+        mark_stages(curve, [(span.first, span.name) for span in self.spans()])
+        found, bins = {"learning_curve": curve}, self.run_dir / BINS_FILE
         for source, own in (json.loads(bins.read_text()) if bins.exists() else {}).items():
             found[f"reliability-{source}" if source else "reliability"] = reliability(own, f"{name}  {source}".rstrip())
         return found
 
     def closing(self) -> None:
-        """The last evaluation in words."""
+        """Where stages ended, and the last evaluation in words."""
+        if spans := self.spans(is_done=True):
+            self.line.say(closing(spans))
         if self.record.held_out:
             self.line.say(f"done     {self.objective.closing(self.record.held_out)}")
 
     def what_next(self, mmada: str, checkpoint: str) -> list[str]:
         """What the objective has to try, and an export."""
         return [*self.objective.what_next(mmada, checkpoint), *super().what_next(mmada, checkpoint)]
+
+    def how_to_go_on(self, checkpoint: str) -> str:
+        """Stages are what a run began with: more of them is another run, which begins with this one's weights."""
+        if self.recipe.train.stages is None:
+            return super().how_to_go_on(checkpoint)
+        return f"run.name={self.recipe.run.name}-more train.start_from={checkpoint}, and stages as you like"

@@ -39,3 +39,12 @@ def curves(
     if axes.lines:
         axes.legend()
     return figure
+
+
+def mark_stages(figure: Figure, starts: list[tuple[int, str]]) -> None:
+    """Where each stage begins, a line with its name beside it; ``starts`` is a list of (first step, name)."""
+    (axes,) = figure.axes
+    for step, name in starts:
+        axes.axvline(step, color="grey", linestyle=":", linewidth=0.8)
+        top = axes.get_xaxis_transform()  # x in steps, y as a share of the height
+        axes.text(step, 0.99, f" {name}", transform=top, rotation=90, va="top", fontsize=7, color="grey")

@@ -23,10 +23,11 @@ from jobs.plan import (
     run,
     stage_memory,
 )
-from jobs.plan_report import show
+from jobs.plan_report import show, way_on
 from jobs.prepared_data import cache_dir, find_prepared, text_source
 from jobs.recipe import Recipe, load_recipe
 from jobs.recipe_checks import checked_config
+from jobs.recipe_schema_stages import AdvanceSection
 from mmada.data import load_tokenizer, prepare
 from mmada.model import MMaDAForCausalLM
 
@@ -234,6 +235,7 @@ def test_offloaded_states_leave_the_gpu_and_not_the_cpu():
         ([], "AutoEP: 2 of 4 experts on each worker, 1 copy of each"),
         (["cluster.workers=8"], "AutoEP: 2 of 4 experts on each worker, 4 copies of each"),
         (["cluster.expert_parallel=1"], "all 4 experts on every worker"),
+        (["train.schedule=constant"], "learning rate 0.003 after 5 steps of warm-up, then constant"),
         (["train.precision=bf16"], "bf16 weights and gradients, a 32-bit copy of the weights in the optimizer"),
         (["train.clip_grad_norm=0"], "AdamW, weight decay 0.1; gradients not clipped"),
         (["train.gradient_checkpointing=true"], "blocks computed anew in the backward pass"),
@@ -260,6 +262,37 @@ def test_the_report_fits_100_columns(overrides: list[str], base: str):
     assert "…" not in out.getvalue(), "a cell was cut"
     assert [line.split()[:2] for line in lines if "(this recipe)" in line] == [["ZeRO", "2"]]
     assert [line.split()[:2] for line in lines if "(refused)" in line] == [["ZeRO", "0"]]
+
+
+def test_stages_are_shown_with_what_ends_them():
+    out = io.StringIO()
+    show(plan_of(base="stages"), Console(file=out))
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    (first,) = [number for number, line in enumerate(lines) if line[:3] == ["stages", "steps", "batch"]]
+    assert [" ".join(line) for line in lines[first + 2 : first + 6]] == [
+        "text 60 32 x 128 text 100% never nothing",
+        "sums 120 32 x 128 text 25%, sums 75% held_out_bits no better in 3 nothing",
+        "evaluations running",
+        "both 60 32 x 128 text 50%, sums 50% never embeddings",
+    ]
+    assert "at most 240 steps" in out.getvalue() and "at most 983,040 tokens in the run" in out.getvalue()
+    assert "not prepared" not in out.getvalue() and "…" not in out.getvalue()
+    assert max(len(line) for line in out.getvalue().splitlines()) <= 100
+    out = io.StringIO()
+    show(plan_of(), Console(file=out))
+    assert "frozen" not in out.getvalue() and "at most" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("advance", "words"),
+    [
+        ({"when": "threshold", "metric": "held_out_accuracy", "threshold": 0.8}, ">= 0.8 in 2 evaluations running"),
+        ({"when": "threshold", "metric": "held_out_bits", "threshold": 2.5, "times": 1}, "<= 2.5 in 1 evaluation"),
+        ({"when": "plateau", "metric": "held_out_bits"}, "no better in 2 evaluations running"),
+    ],
+)
+def test_what_ends_a_stage_in_words(advance: dict, words: str):
+    assert way_on(AdvanceSection(**advance)).removeprefix(advance["metric"]).strip().startswith(words)
 
 
 def test_sizes_in_words():

@@ -90,9 +90,10 @@ def test_every_key_has_its_meaning_under_it():
     import ast
     import inspect
 
-    from jobs import recipe_schema, recipe_schema_rl
+    from jobs import recipe_schema, recipe_schema_rl, recipe_schema_stages
 
-    modules = [ast.parse(inspect.getsource(module)) for module in (recipe_schema, recipe_schema_rl)]
+    schemas = (recipe_schema, recipe_schema_rl, recipe_schema_stages)
+    modules = [ast.parse(inspect.getsource(module)) for module in schemas]
     for node in [node for module in modules for node in module.body]:
         is_section = isinstance(node, ast.ClassDef) and node.name.endswith("Section")
         for field, after in zip(node.body, node.body[1:], strict=False) if is_section else ():
