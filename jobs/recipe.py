@@ -138,23 +138,39 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         guess = sections_of(key)
         raise RecipeError(f"override={override} names no section; write {guess or 'section.key'}={text}")
     *outer, last = field.split(".")
-    # Keys inside keys: model.ssm.state_size, tasks.config.…, and train.stages.factor of a preset.
-    train = values.get("train")
-    preset = train.get("stages") if isinstance(train, dict) and section == "train" else None
-    of_preset = outer[:1] == ["stages"] and isinstance(preset, dict)
-    if outer and section != "model" and outer != ["config"] and not of_preset:
-        raise RecipeError(
-            f"override={override} reaches inside a key; set it whole: {section}.{outer[0]}={{{last}: {text}}}"
-        )
-    target, path = values, ""
+    target: Any = values
+    path = ""
     for name in (section, *outer):
         path = f"{path}.{name}" if path else name
-        if target.get(name) is None:
-            target[name] = {}
-        target = target[name]
-        if not isinstance(target, dict):
-            raise RecipeError(f"{path}={shown(target)} is not {WANTED['model_type']}")
-    target[last] = parse(text, f"override={override}")
+        target = _entered(target, name, path)
+    if isinstance(target, list):
+        target[_place_in(target, last, path)] = parse(text, f"override={override}")
+    else:
+        target[last] = parse(text, f"override={override}")
+
+
+def _entered(outer: Any, name: str, path: str) -> Any:
+    """What stands under a name in a mapping (an empty mapping where nothing does) or in a list, and can hold more."""
+    if isinstance(outer, list):
+        inner = outer[_place_in(outer, name, path.rpartition(".")[0])]
+    else:
+        if outer.get(name) is None:
+            outer[name] = {}
+        inner = outer[name]
+    if not isinstance(inner, dict | list):
+        remedy = f"set {path} itself" if "." in path else "write its keys below it"
+        raise RecipeError(f"{path}={shown(inner)} holds no keys; {remedy}")
+    return inner
+
+
+def _place_in(entries: list[Any], name: str, path: str) -> int:
+    """The place of an entry by its ``name``, as a stage has one, or by its number from 0."""
+    names = [str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry]
+    for place, entry in enumerate(entries):
+        if (isinstance(entry, dict) and str(entry.get("name")) == name) or str(place) == name:
+            return place
+    known = names or [str(place) for place in range(len(entries))]
+    raise RecipeError(f"{path}.{name} is no entry of {path}; {suggestion(name, known)}")
 
 
 def parse(text: str, name: str) -> Any:

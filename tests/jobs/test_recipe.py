@@ -64,6 +64,44 @@ def test_overrides_are_yaml_and_the_last_one_counts(smallest: Path):
     assert recipe.model.overrides() == {"attn_implementation": "sdpa", "mlp_layer_types": ["moe", "dense"]}
 
 
+def test_overrides_reach_into_sources_stages_and_entries_of_lists():
+    recipe = load_recipe(
+        "stages",
+        [
+            "data.sources.sums.tasks.size=77",
+            "data.sources.more={source: stdlib}",
+            "data.sources.more.limit_documents=5",
+            "train.stages.sums.steps=9",
+            "train.stages.sums.mixture.text=0.5",
+            "train.stages.2.name=last",
+            "objectives.weights.calibration=0.25",
+        ],
+    )
+    sources, stages = recipe.data.sources, recipe.train.stages
+    assert sources is not None and stages is not None and recipe.objectives is not None
+    assert (sources["sums"].tasks.size, sources["sums"].tasks.held_out) == (77, 60)  # what is beside it stays
+    assert sources["more"].limit_documents == 5
+    assert [stage.name for stage in stages] == ["text", "sums", "last"]
+    assert (stages[1].steps, stages[1].mixture) == (9, {"text": 0.5, "sums": 3.0})
+    assert recipe.objectives.weights == {"calibration": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stages.sum.steps=9", "train.stages.sum is no entry of train.stages; did you mean sums?"),
+        ("train.stages.3.steps=9", "train.stages.3 is no entry of train.stages; use text, sums or both"),
+        ("train.stages.sums.stepz=9", "train.stages.1.stepz=9 is not a key"),
+        ("train.steps.more=9", "train.steps"),
+        ("data.source.more=9", "data.source='mixture' holds no keys; set data.source itself"),
+    ],
+)
+def test_overrides_that_reach_for_what_is_not_there(override: str, said: str):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe("stages", [override])
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_a_resolved_recipe_reads_back_the_same(smallest: Path, tmp_path: Path):
     awkward = ["run.name='1e3'", "tracking.experiment='on'", "data.text_field='null'", "train.epsilon=1e-8"]
     recipe = load_recipe(smallest, [*awkward, "model.rope_parameters={rope_type: default, rope_theta: 1e6}"])

@@ -102,9 +102,7 @@ def test_steps_to_a_target_are_those_of_the_first_evaluation_that_reaches_it():
 
 def test_a_trial_may_be_a_whole_run_with_its_stages(tmp_path):
     small = ["model.hidden_size=32", "model.num_hidden_layers=1", "train.global_batch=4", "train.evaluate_every=1"]
-    tasks = "{family: spell_backward, difficulty: [1, 2, 3], size: 60, held_out: 6}"
-    words = f"{{words: {{source: tasks, difficulty: level, tasks: {tasks}}}}}"
-    small += [f"data.sources={words}", "train.warmup_steps=0"]
+    small += ["data.sources.words.tasks.size=60", "data.sources.words.tasks.held_out=6", "train.warmup_steps=0"]
     stages = "[{name: a, steps: 1, difficulty: [0, 0.5]}, {name: b, steps: 2}]"
     trial = Trial(STUDIES["curriculum"], "competence", 3, [*small, f"train.stages={stages}"], None, str(tmp_path / "x"))
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
