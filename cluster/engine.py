@@ -22,6 +22,7 @@ from deepspeed.moe.utils import configure_moe_param_groups
 from deepspeed.utils import groups, safe_set_full_fp32_param, safe_set_full_optimizer_state, set_z3_leaf_module
 from torch import Tensor, nn
 
+from cluster.device_memory import tensors_in
 from cluster.errors import ClusterError
 from cluster.expert_names import DOWN, GATE, UP, ExpertNames
 from cluster.gradient_products import gradient_products, hooks_of, unnoticed
@@ -191,6 +192,17 @@ class Engine:
     def set_training(self, training: bool) -> None:
         """Training mode with gradients to come, or evaluation."""
         self._engine.train(training)
+
+    def destroy(self) -> None:
+        """Give back the memory of engine and model, neither of which can be used afterwards."""
+        self._engine.destroy()
+        if self.settings.zero_stage < 3:
+            return  # nobody else holds them now
+        # At stage 3 hooks inside autograd keep parameters and optimizer alive for good: what they hold is emptied.
+        base = self._optimizer.optimizer
+        kept = [getattr(parameter, "ds_tensor", None) for parameter in self.module.parameters()]
+        for tensor in tensors_in([[*self.module.parameters()], kept, vars(self._optimizer), vars(base)]):
+            tensor.grad, tensor.data = None, tensor.data.new_empty(0)
 
     def save(self, folder: Path) -> None:
         """Write this worker's part of the engine's state below ``folder``."""
