@@ -38,6 +38,8 @@ def facts(plan: Plan) -> Table:
     epochs = "the text is not prepared yet" if batch.epochs is None else f"{batch.epochs:.2f} times through the {data}"
     if plan.recipe.train.objective == "reward":
         epochs = "two completions for each row"
+    by_trial = [f"train.micro_batch=auto: about {batch.micro_batch} by this estimate; training finds it by trial"]
+    by_trial = by_trial if plan.is_estimated else []
     rows = {
         "model": [
             f"{size.total:,} parameters"
@@ -48,6 +50,7 @@ def facts(plan: Plan) -> Table:
             f"{batch.global_batch} rows = {batch.workers} {workers} x {batch.accumulation} {micro} x "
             f"{batch.micro_batch} rows",
             f"{batch.tokens_per_step:,} tokens per step, {batch.tokens_in_run:,} in the run: {epochs}",
+            *by_trial,
         ],
         "DeepSpeed": plan.engine,
     }
