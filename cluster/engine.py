@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,10 @@ from deepspeed.moe.utils import configure_moe_param_groups
 from deepspeed.utils import groups, safe_set_full_fp32_param, safe_set_full_optimizer_state, set_z3_leaf_module
 from torch import Tensor, nn
 
+from cluster.device_memory import tensors_in
 from cluster.errors import ClusterError
 from cluster.expert_names import DOWN, GATE, UP, ExpertNames
+from cluster.gradient_products import gradient_products, hooks_of, unnoticed
 from cluster.parameter_groups import FACTOR, FROZEN, SPLITS, WaitingAdamW, matches, parameter_groups
 
 # Elements that DeepSpeed gathers before it reduces gradients; its own default of 5e8 takes 2 GB in float32.
@@ -130,8 +132,7 @@ class Engine:
     def forward(self, **batch: Any) -> Any:
         """The model's own output for this worker's rows."""
         output = self._engine(**batch)
-        tensors = output.values() if isinstance(output, Mapping) else [output]
-        self._hooks = [hooks for each in tensors for hooks in getattr(each, "_backward_hook_managers", ())]
+        self._hooks = hooks_of(output)
         return output
 
     def backward(self, loss: Tensor) -> None:
@@ -146,44 +147,10 @@ class Engine:
         """
         if self.settings.zero_stage == 3:
             raise ClusterError("train.zero_stage=3 keeps no gradient whole; use train.zero_stage=0, 1 or 2")
-        with self._unnoticed():
-            return self._products(losses)
-
-    @contextlib.contextmanager
-    def _unnoticed(self) -> Iterator[None]:
-        """DeepSpeed prepares itself at the first gradient that passes the model's outputs: not at these."""
-        kept = [(hooks, hooks.preprocess_once_fn, hooks.preprocess_per_tensor_fn) for hooks in self._hooks]
-        for hooks in self._hooks:
-            hooks.preprocess_once_fn, hooks.preprocess_per_tensor_fn = lambda: None, None
-        try:
-            yield
-        finally:
-            for hooks, once, per_tensor in kept:
-                hooks.preprocess_once_fn, hooks.preprocess_per_tensor_fn = once, per_tensor
-                hooks.reset()
-
-    def _products(self, losses: Sequence[Tensor]) -> Tensor:
-        world = dist.get_world_size()
-        shared = [p for p in self.module.parameters() if p.requires_grad and not hasattr(p, "group_name")]
-        own = [p for p in self.module.parameters() if p.requires_grad and hasattr(p, "group_name")]
-        rows: list[Tensor] = []
-        expert_rows: list[Tensor] = []
-        for loss in losses:
-            found = torch.autograd.grad(loss, shared + own, retain_graph=True, allow_unused=True)
-            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(shared + own, found, strict=True)]
-            flat = torch.cat([g.detach().flatten().double() for g in filled[: len(shared)]])
-            dist.all_reduce(flat)
-            rows.append(flat / world)
-            for parameter, gradient in zip(own, filled[len(shared) :], strict=True):
-                dist.all_reduce(gradient, group=groups._get_expert_data_parallel_group(parameter.group_name))
-            if own:  # experts have got gradients from the tokens of all workers
-                expert_rows.append(torch.cat([g.detach().flatten().double() for g in filled[len(shared) :]]) / world)
-        products = torch.stack(rows) @ torch.stack(rows).T
-        if expert_rows:
-            apart = torch.stack(expert_rows) @ torch.stack(expert_rows).T
-            dist.all_reduce(apart, group=groups._get_expert_parallel_group(own[0].group_name))
-            products = products + apart
-        return products
+        with unnoticed(self._hooks):
+            return gradient_products(
+                self.module, losses, groups._get_expert_data_parallel_group, groups._get_expert_parallel_group
+            )
 
     def step(self, learning_rate: float) -> None:
         """After each ``backward``: at the last micro batch, clip, step and clear; at the others, nothing."""
@@ -225,6 +192,17 @@ class Engine:
     def set_training(self, training: bool) -> None:
         """Training mode with gradients to come, or evaluation."""
         self._engine.train(training)
+
+    def destroy(self) -> None:
+        """Give back the memory of engine and model, neither of which can be used afterwards."""
+        self._engine.destroy()
+        if self.settings.zero_stage < 3:
+            return  # nobody else holds them now
+        # At stage 3 hooks inside autograd keep parameters and optimizer alive for good: what they hold is emptied.
+        base = self._optimizer.optimizer
+        kept = [getattr(parameter, "ds_tensor", None) for parameter in self.module.parameters()]
+        for tensor in tensors_in([[*self.module.parameters()], kept, vars(self._optimizer), vars(base)]):
+            tensor.grad, tensor.data = None, tensor.data.new_empty(0)
 
     def save(self, folder: Path) -> None:
         """Write this worker's part of the engine's state below ``folder``."""

@@ -17,12 +17,11 @@ from mmada.training.algorithms import ALGORITHMS
 def training_settings(recipe: Recipe, model: TrainableModel) -> EngineSettings:
     """For ``mmada train``."""
     train = recipe.train
-    rows = train.global_batch // recipe.cluster.workers
     return _settings(
         recipe,
         model,
-        rows,
-        train.micro_batch or rows,
+        recipe.rows_per_worker,
+        recipe.micro_batch,
         learning_rate=train.learning_rate,
         epsilon=train.epsilon,
         weight_decay=train.weight_decay,

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.activations import BYTES, Activations, activation_memory
+from jobs.micro_batch import candidates, usable, with_micro_batch
 from jobs.recipe import Recipe, RecipeError
-from jobs.recipe_schema import TrainSection
+from jobs.recipe_schema import AUTO, TrainSection
 from jobs.stages import stages_of
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class BatchArithmetic:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that ``mmada plan`` shows."""
+    """All that ``mmada plan`` shows. ``is_estimated``: the micro batch is what a recipe's ``auto`` may come to."""
 
     recipe: Recipe
     size: ModelSize
@@ -87,6 +88,7 @@ class Plan:
     machine: Machine
     engine: tuple[str, ...]
     warnings: tuple[str, ...]
+    is_estimated: bool = False
 
     @property
     def kept_activations(self) -> int:
@@ -105,10 +107,11 @@ class Plan:
 
     @property
     def room_per_worker(self) -> int:
-        """Bytes that one worker's device has: a GPU's memory, or an even share of the machines' memory."""
-        if self.recipe.cluster.gpus_per_worker and self.machine.gpu_memory is not None:
-            return self.machine.gpu_memory
-        return self.machine.memory // self.recipe.cluster.workers
+        """Bytes for one worker: a GPU's memory or an even share of the machines', or less where the recipe says so."""
+        cluster, room = self.recipe.cluster, self.machine.memory // self.recipe.cluster.workers
+        if cluster.gpus_per_worker and self.machine.gpu_memory is not None:
+            room = self.machine.gpu_memory
+        return room if cluster.memory_per_worker is None else min(room, int(cluster.memory_per_worker * 2**30))
 
 
 def run(recipe: Recipe) -> int:
@@ -141,6 +144,9 @@ def make_plan(
     warnings: list[str] | None = None,
 ) -> Plan:
     """The plan of a checked recipe; computes only. ``train_tokens``: tokens in the training text, where known."""
+    is_estimated = recipe.train.micro_batch == AUTO
+    if is_estimated:
+        recipe = with_micro_batch(recipe, estimated_micro_batch(recipe, config, size, machine))
     plan = Plan(
         recipe=recipe,
         size=size,
@@ -150,8 +156,18 @@ def make_plan(
         machine=machine,
         engine=engine_words(recipe, config),
         warnings=(),
+        is_estimated=is_estimated,
     )
     return replace(plan, warnings=(*(warnings or ()), *doubts(plan)))
+
+
+def estimated_micro_batch(recipe: Recipe, config: MMaDAConfig, size: ModelSize, machine: Machine) -> int:
+    """The largest micro batch that by this arithmetic fits at the longest rows of any stage; 1 where none does."""
+    longest = {"micro_batch": 1, "sequence_length": max(stage.sequence_length for stage in stages_of(recipe, []))}
+    one_row = recipe.model_copy(update={"train": recipe.train.model_copy(update=longest)})
+    plan = make_plan(one_row, config, size, machine, None)
+    room = usable(plan.room_per_worker) - (plan.worker_bytes - plan.kept_activations)
+    return max((rows for rows in candidates(recipe) if rows * plan.kept_activations <= room), default=1)
 
 
 def stage_memory(recipe: Recipe, size: ModelSize, stage: int) -> StageMemory:

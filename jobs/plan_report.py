@@ -50,6 +50,8 @@ def facts(plan: Plan) -> Table:
         tokens += f": {batch.epochs:.2f} times through the {data}"
     elif plan.recipe.data.source != "mixture":
         tokens += ": the text is not prepared yet"
+    by_trial = [f"train.micro_batch=auto: about {batch.micro_batch} by this estimate; training finds it by trial"]
+    by_trial = by_trial if plan.is_estimated else []
     rows = {
         "model": [
             f"{size.total:,} parameters"
@@ -60,6 +62,7 @@ def facts(plan: Plan) -> Table:
             f"{batch.global_batch} rows = {batch.workers} {workers} x {batch.accumulation} {micro} x "
             f"{batch.micro_batch} rows",
             tokens,
+            *by_trial,
         ],
         "DeepSpeed": plan.engine,
     }

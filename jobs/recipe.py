@@ -189,7 +189,9 @@ def first_mistake(error: ValidationError, within: tuple[str, ...] = ()) -> str:
     order: dict[Any, int] = {"extra_forbidden": 0, "missing": 2}
     found = [{**each, "loc": (*within, *each["loc"])} for each in error.errors(include_url=False)]
     mistakes = sorted(found, key=lambda each: order.get(each["type"], 1))
-    line = describe(mistakes[0])
+    words = [each for each in mistakes if each["type"] == "literal_error" and place(each) == place(mistakes[0])]
+    is_choice = mistakes[0]["type"] in WANTED and words  # a number or a word
+    line = describe(mistakes[0], f" or {words[0]['ctx']['expected']}".replace("'", "") if is_choice else "")
     others = {place(mistake) for mistake in mistakes} - {place(mistakes[0])}  # a choice of types is one mistake
     return f"{line} (and {len(others)} more)" if others else line
 
@@ -197,11 +199,11 @@ def first_mistake(error: ValidationError, within: tuple[str, ...] = ()) -> str:
 def place(mistake: Mapping[str, Any]) -> tuple[str, ...]:
     """Where pydantic found it, without the type that it tried there."""
     parts = [str(part) for part in mistake["loc"]]
-    return tuple(part for part in parts if not part.startswith(("constrained-", "list[")))
+    return tuple(part for part in parts if not part.startswith(("constrained-", "list[", "literal[")))
 
 
-def describe(mistake: Mapping[str, Any]) -> str:
-    """Field, value and remedy of one of pydantic's findings."""
+def describe(mistake: Mapping[str, Any], or_word: str = "") -> str:
+    """Field, value and remedy of one of pydantic's findings; ``or_word``: what else than a number would do."""
     location, kind = list(place(mistake)), mistake["type"]
     field, value = ".".join(location), mistake["input"]
     if kind == "extra_forbidden":
@@ -214,8 +216,9 @@ def describe(mistake: Mapping[str, Any]) -> str:
         if kind.startswith("model") or kind in ("dict_type", "list_type"):
             return f"{field}={shown(value)} is not {WANTED[kind]}"
         quotable = kind == "string_type" and isinstance(value, bool | int | float)
-        remedy = f"quote it: '{field}=\"{shown(value)}\"'" if quotable else f"write {WANTED[kind]}"
-        return f"{field}={shown(value)} is not {WANTED[kind]}; {remedy}{' without quotes' * isinstance(value, str)}"
+        wanted = WANTED[kind] + or_word
+        remedy = f"quote it: '{field}=\"{shown(value)}\"'" if quotable else f"write {wanted}"
+        return f"{field}={shown(value)} is not {wanted}; {remedy}{' without quotes' * isinstance(value, str)}"
     if kind == "literal_error":
         allowed = property_of(location)["enum"]
         return f"{field}={shown(value)} is not one of {', '.join(allowed)}; {suggestion(str(value), allowed)}"

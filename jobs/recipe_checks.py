@@ -112,7 +112,7 @@ def check_batch(recipe: Recipe) -> None:
             f"train.global_batch={rows} is not divisible by cluster.workers={workers}; "
             f"use {f'{below} or {above}' if below else above}"
         )
-    if micro is not None and recipe.rows_per_worker % micro:
+    if isinstance(micro, int) and recipe.rows_per_worker % micro:
         each = recipe.rows_per_worker
         raise RecipeError(
             f"train.micro_batch={micro} does not divide the {each} rows of a worker "

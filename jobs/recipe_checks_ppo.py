@@ -17,6 +17,7 @@ from jobs.recipe_checks import (
     checked_config,
     divisors,
 )
+from jobs.recipe_schema import AUTO
 from jobs.recipe_schema_rl import PPOSection, RewardSection
 from jobs.rl.policy_source import check_start_from
 from jobs.task_source import load_recipe_tasks
@@ -39,6 +40,11 @@ def completed(recipe: Recipe) -> Recipe:
         raise RecipeError(
             f"data.source={recipe.data.source} has no part in `mmada ppo`, whose problems are those of the section "
             "tasks; leave it out"
+        )
+    if recipe.train.micro_batch == AUTO:
+        raise RecipeError(
+            "train.micro_batch=auto has no part in `mmada ppo`, whose passes go by ppo.micro_batch; leave it out "
+            "(train.micro_batch=null)"
         )
     if recipe.train.objective != "language_model":
         raise RecipeError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.recipe import Recipe, RecipeError
+from jobs.recipe_schema import AUTO
 from jobs.recipe_schema_stages import ObjectivesSection, SourceSection, StageSection
 from jobs.stages import PARTS, pattern_of, stage_steps
 from jobs.wording import listed, shown, suggestion
@@ -217,6 +218,11 @@ def check_combination(recipe: Recipe) -> None:
         raise RecipeError(
             f"objectives.{looks[0]}={value} looks at whole gradients, which train.zero_stage=3 splits over the workers"
             "; use train.zero_stage=0, 1 or 2"
+        )
+    if looks[0] == "combine" and train.micro_batch == AUTO:
+        raise RecipeError(
+            f"objectives.combine={value} looks at the gradients of a whole step, and train.micro_batch=auto may cut it "
+            "into several passes; leave train.micro_batch out"
         )
     if looks[0] == "combine" and train.micro_batch is not None and recipe.accumulation > 1:
         raise RecipeError(

@@ -15,6 +15,8 @@ from jobs import recipe_yaml
 from jobs.recipe_schema_rl import Positive, PPOSection, RewardSection, Section, TasksSection
 from jobs.recipe_schema_stages import ObjectivesSection, SourceSection, StageSection
 
+# What ``train.micro_batch`` says where it is to be found.
+AUTO = "auto"
 # The resolved recipe's file name in a run's folder.
 RESOLVED_RECIPE = "recipe.yaml"
 
@@ -96,8 +98,9 @@ class TrainSection(Section):
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens in one row."""
 
-    micro_batch: Positive | None = None
-    """Rows that one worker takes through one backward pass; null: its whole share, without accumulation."""
+    micro_batch: Positive | Literal["auto"] | None = None
+    """Rows that one worker takes through one backward pass; null: its whole share, without accumulation; ``auto``: as
+    many as fit its device in every stage, found by trial before training starts and kept when the run goes on."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16`` keeps weights and gradients in 16 bits and a 32-bit copy in the optimizer; for GPUs that have it."""
@@ -189,6 +192,10 @@ class ClusterSection(Section):
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     """GPUs of a worker: 0 or 1."""
 
+    memory_per_worker: Annotated[float, Field(gt=0)] | None = None
+    """GiB that one worker's weights, gradients, optimizer and activations may take of its device, to ``mmada plan`` and
+    ``train.micro_batch=auto``; the process itself comes on top. null: what is free, on a CPU an even share of it."""
+
     threads_per_worker: Positive | None = None
     """Threads that torch uses in a worker; null shares the node's cores out among its workers."""
 
@@ -260,7 +267,12 @@ class Recipe(Section):
     @property
     def micro_batch(self) -> int:
         """Rows of one worker in one backward pass, with the default filled in."""
-        return self.train.micro_batch or self.rows_per_worker
+        return self.micro_batch_of(self.rows_per_worker)
+
+    def micro_batch_of(self, rows: int) -> int:
+        """Of a worker that has so many rows in a step; while ``auto`` has not been found, what it is at most."""
+        micro = self.train.micro_batch
+        return micro if isinstance(micro, int) else rows
 
     @property
     def sequences_per_row(self) -> int:

@@ -30,6 +30,8 @@ from mmada.training.curriculum import (
 from mmada.training.objectives.weighting import WeightState, scheduled
 from mmada.training.schedules import AdaptiveRate, Schedule
 
+_LOOKED_AT = 64  # rows of each source among which ``longest_rows`` chooses
+
 
 @dataclass
 class Batch:
@@ -149,6 +151,23 @@ class StageRunner:
         general = (objectives.weights if objectives is not None else {}).get(name, float(name == "language_model"))
         share = self.state.step_in_stage / max(1, stage.plan.steps - 1)
         return scheduled(stage.loss_weights.get(name, general), share)
+
+    def longest_rows(self, num: int) -> dict[str, Tensor]:
+        """Rows of the stage's sources to see what a step takes: of some from all over each, those with most tokens.
+
+        ``num`` of them along the first dimension, from the front again where there are fewer.
+        """
+        stage, found = self.stage, []
+        for name, weight in zip(self.objective.sources, stage.weights, strict=True):
+            if weight > 0:
+                rows = self._rows_of(name, stage.sequence_length)
+                found.append(rows.batch(np.unique(np.linspace(0, len(rows) - 1, _LOOKED_AT).astype(np.int64))))
+        whole = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+        order = torch.arange(len(next(iter(whole.values()))))
+        if "attention_mask" in whole:  # packed rows are full
+            order = whole["attention_mask"].flatten(1).sum(1).argsort(descending=True, stable=True)
+        chosen = order[torch.arange(num) % len(order)]
+        return {name: value[chosen] for name, value in whole.items()} | {"sample_ids": torch.arange(num)}
 
     # After a step.
 

@@ -27,10 +27,13 @@ from jobs.calibration import report_calibration
 from jobs.checkpointing import Resume, find_resume, restore, save
 from jobs.combination import Combination
 from jobs.engine_settings import training_settings
+from jobs.micro_batch import with_micro_batch
+from jobs.micro_batch_trials import find_micro_batch
 from jobs.objectives.objective import Place, StepResult
 from jobs.objectives.registry import open_objective
 from jobs.progress import Progress
 from jobs.recipe import Recipe
+from jobs.recipe_schema import AUTO
 from jobs.stage_runner import StageRunner
 from jobs.start_weights import load_start, start_folder
 from mmada.data import rank_slice, sample_ids
@@ -89,6 +92,8 @@ class TrainingWorker:
 
         resume = self._agree_on_resume()
         self._agree_on_threshold(self._begin_weights(resume))
+        if recipe.train.micro_batch == AUTO:
+            self._settle_micro_batch(resume)
         self.engine = Engine(self.model, self.settings)
         self.model.reduce_load = self._sum if self.world > 1 else None
         torch.manual_seed(recipe.run.seed + 1 + self.rank)
@@ -122,9 +127,9 @@ class TrainingWorker:
 
     def _enter_stage(self) -> None:
         """Take up what the stage says of batches and of what learns."""
-        stage, train, workers = self.stages.stage, self.recipe.train, self.recipe.cluster.workers
-        rows = stage.global_batch // workers
-        micro = train.micro_batch or rows
+        stage = self.stages.stage
+        rows = stage.global_batch // self.recipe.cluster.workers
+        micro = self.recipe.micro_batch_of(rows)
         self.engine.set_batch(micro, rows // micro)
         self.engine.freeze(stage.frozen)
 
@@ -195,6 +200,7 @@ class TrainingWorker:
             "data": self.objective.fingerprint,
             "seed": self.recipe.run.seed,
             "curriculum": self.stages.to_json(),
+            "micro_batch": self.settings.micro_batch,
         }
         architecture, tokenizer = type(self.model).__name__, self.objective.tokenizer
         folder = save(
@@ -248,6 +254,15 @@ class TrainingWorker:
         self.model.config.patches.threshold = found[0]
         if is_open and found[0] is not None:
             self.progress.settle("model.patches.threshold", found[0])
+
+    def _settle_micro_batch(self, resume: Resume | None) -> None:
+        """The recipe becomes the one that has the number written out: all else is as if it had stood there."""
+        saved = None if resume is None else resume.metadata.get("micro_batch")
+        found, notes = find_micro_batch(self.recipe, self.objective, self.model, self.place, saved)
+        self.progress.note(notes)
+        self.progress.settle("train.micro_batch", found)
+        self.recipe = with_micro_batch(self.recipe, found)
+        self.settings = training_settings(self.recipe, self.model)
 
     def _sum(self, value: Tensor) -> Tensor:
         if self.world > 1:

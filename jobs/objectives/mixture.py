@@ -13,19 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.model_building import build_model
 from jobs.objectives.difficulty import shares_of_rows
-from jobs.objectives.objective import Extra, LabelledRows, Objective, Place, Rows, StepResult
+from jobs.objectives.language_model import LanguageModelObjective
+from jobs.objectives.objective import LabelledRows, Place, Rows
 from jobs.objectives.tasks import TaskObjective
-from jobs.objectives.text import TextObjective, language_model_step, num_targets
+from jobs.objectives.text import TextObjective
 from jobs.recipe import Recipe
 from jobs.recipe_schema import DataSection
-from mmada.model import MMaDAForCausalLM
-from mmada.plots.learning_curve import learning_curve
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from cluster.engine import Engine
     from mmada.pretrained import TrainableModel
 
@@ -37,10 +33,9 @@ _KINDS: dict[str, type[TextObjective] | type[TaskObjective]] = {
 }
 
 
-class MixtureObjective(Objective):
-    """``train.objective=language_model`` on ``data.source=mixture``."""
+class MixtureObjective(LanguageModelObjective):
+    """``train.objective=language_model`` on ``data.source=mixture``; in the loss a source counts by its targets."""
 
-    model_class = MMaDAForCausalLM
     held_out_metric = "held_out_bits"
 
     def __init__(self, recipe: Recipe, parts: dict[str, TextObjective | TaskObjective]) -> None:
@@ -75,11 +70,6 @@ class MixtureObjective(Objective):
             words.append(f"{name}: {part.closing(own)}")
         return "; ".join(words)
 
-    def figure(self, curves: dict[str, dict[int, float]], title: str) -> Figure:
-        """Loss, and the mean of the held-out figures."""
-        loss, held_out = (curves.get(name, {}) for name in ("loss", self.held_out_metric))
-        return learning_curve([*loss.items()], [*held_out.items()], title)
-
     def rows_of(self, source: str, length: int) -> Rows:
         """Rows of one source; all sources' have the same tensors."""
         return AlikeRows(self.parts[source].rows_of(source, length), length)
@@ -104,26 +94,12 @@ class MixtureObjective(Objective):
             found.add("held_out_accuracy")
         return found
 
-    def build_model(self) -> MMaDAForCausalLM:
-        """The language model."""
-        return build_model(self.recipe)
-
     def settle(self, model: TrainableModel, saved: Path | None) -> list[str]:
         """The threshold of byte patches, by the first source that can find it."""
         ordered: Sequence[TextObjective | TaskObjective] = sorted(
             self.parts.values(), key=lambda part: isinstance(part, TaskObjective)
         )
         return ordered[0].settle(model, saved)
-
-    def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Targets, and tokens that are no padding."""
-        return num_targets(batch), batch["attention_mask"].sum()
-
-    def forward(
-        self, engine: Engine, batch: dict[str, Tensor], share: Tensor, extra: Extra | None = None
-    ) -> StepResult:
-        """Cross entropy of all labels, whatever their source: a source counts by its targets."""
-        return language_model_step(engine, batch, share, extra)
 
     def evaluate(self, engine: Engine, place: Place, batch_rows: int, max_rows: int | None) -> dict[str, float]:
         """Every source's own figures, their mean in bits, and the mean accuracy of those that have one."""

@@ -6,35 +6,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from jobs.entropy_model import settle_saved_threshold
 from jobs.evaluation import bits_per_byte
 from jobs.evaluation_tasks import held_out_accuracy
-from jobs.model_building import build_model
-from jobs.objectives.objective import Extra, LabelledRows, Objective, Place, StepResult
-from jobs.objectives.text import language_model_step, num_targets
+from jobs.objectives.language_model import LanguageModelObjective
+from jobs.objectives.objective import LabelledRows, Place
 from jobs.recipe import Recipe
 from jobs.task_source import load_recipe_tasks
 from mmada.data import load_tokenizer
 from mmada.data.task_rows import TaskRows
-from mmada.model import MMaDAForCausalLM
-from mmada.plots.learning_curve import learning_curve
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from cluster.engine import Engine
     from mmada.pretrained import TrainableModel
 
 ACCURACY = "held_out_accuracy"  # share of held-out problems that are solved
 
 
-class TaskObjective(Objective):
+class TaskObjective(LanguageModelObjective):
     """``train.objective=language_model`` on ``data.source=tasks``."""
 
-    model_class = MMaDAForCausalLM
     held_out_metric = "bits_per_answer_byte"
+    held_out_label = "held out, bits per answer byte"
     rows: TaskRows
 
     def __init__(self, recipe: Recipe) -> None:
@@ -71,13 +65,6 @@ class TaskObjective(Objective):
         also = "" if solved is None else f", {100 * solved:.1f} % of {len(self.held_out_rows)} held-out problems solved"
         return f"{metrics['bits_per_answer_byte']:.3f} bits per held-out answer byte{also}"
 
-    def figure(self, curves: dict[str, dict[int, float]], title: str) -> Figure:
-        """Both curves in bits."""
-        loss, held_out = (curves.get(name, {}) for name in ("loss", self.held_out_metric))
-        return learning_curve(
-            [*loss.items()], [*held_out.items()], title, held_out_label="held out, bits per answer byte"
-        )
-
     def rows_of(self, source: str, length: int) -> TaskRows:
         """The problems in rows of this length. Raises DataError for one that is longer."""
         return self.rows if length == self.rows.sequence_length else TaskRows(self.tasks.train, self.tokenizer, length)
@@ -94,23 +81,9 @@ class TaskObjective(Objective):
         levels = recipe.tasks.difficulty if recipe.tasks is not None else 0
         return {cls.held_out_metric, ACCURACY, *map(accuracy_of_level, levels if isinstance(levels, list) else [])}
 
-    def build_model(self) -> MMaDAForCausalLM:
-        """The language model."""
-        return build_model(self.recipe)
-
     def settle(self, model: TrainableModel, saved: Path | None) -> list[str]:
         """The threshold of byte patches, from the model that training begins with."""
         return settle_saved_threshold(model, saved)
-
-    def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Tokens of answers, and of whole rows without their padding."""
-        return num_targets(batch), batch["attention_mask"].sum()
-
-    def forward(
-        self, engine: Engine, batch: dict[str, Tensor], share: Tensor, extra: Extra | None = None
-    ) -> StepResult:
-        """The language model's own loss, on answers alone."""
-        return language_model_step(engine, batch, share, extra)
 
     def evaluate(self, engine: Engine, place: Place, batch_rows: int, max_rows: int | None) -> dict[str, float]:
         """Bits per answer byte; and the share of problems solved greedily, where a worker has the whole model."""

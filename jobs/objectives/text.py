@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import lzma
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from jobs.entropy_model import settle_threshold
 from jobs.evaluation import bits_per_byte
-from jobs.model_building import build_model
-from jobs.objectives.objective import Extra, LabelledRows, Objective, Place, StepResult, router_metrics
+from jobs.objectives.language_model import LanguageModelObjective
+from jobs.objectives.objective import LabelledRows, Place
 from jobs.prepared_data import cache_dir, text_source
 from jobs.recipe import Recipe
-from mmada.data import IGNORE_INDEX, PackedRows, PreparedText, load_tokenizer, open_prepared, prepare
-from mmada.model import MMaDAForCausalLM
-from mmada.plots.learning_curve import learning_curve
+from mmada.data import PackedRows, PreparedText, load_tokenizer, open_prepared, prepare
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from cluster.engine import Engine
     from mmada.pretrained import TrainableModel
 
 _XZ_LIMIT = 64 * 2**20  # bytes of held-out text up to which the comparison with xz is worth its time
 
 
-class TextObjective(Objective):
+class TextObjective(LanguageModelObjective):
     """``train.objective=language_model`` on text."""
 
-    model_class = MMaDAForCausalLM
     held_out_metric = "bits_per_byte"
     rows: PackedRows
 
@@ -68,11 +59,6 @@ class TextObjective(Objective):
             compared = f" (xz -9 on the same text: {xz_bits_per_byte(text):.2f})"
         return f"{metrics['bits_per_byte']:.3f} bits per held-out byte{compared}"
 
-    def figure(self, curves: dict[str, dict[int, float]], title: str) -> Figure:
-        """Both curves in bits."""
-        loss, held_out = (curves.get(name, {}) for name in ("loss", "bits_per_byte"))
-        return learning_curve([*loss.items()], [*held_out.items()], title)
-
     def what_next(self, mmada: str, checkpoint: str) -> list[str]:
         """A sample of its text."""
         return [f'sample    {mmada} generate {checkpoint} "The "']
@@ -81,23 +67,9 @@ class TextObjective(Objective):
         """The text cut into rows of this length."""
         return self.rows if length == self.rows.sequence_length else self.text.train.rows(length)
 
-    def build_model(self) -> MMaDAForCausalLM:
-        """The language model."""
-        return build_model(self.recipe)
-
     def settle(self, model: TrainableModel, saved: Path | None) -> list[str]:
         """The threshold of byte patches, on a sample of the text."""
         return settle_threshold(model, self.rows, saved)
-
-    def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Targets, and all columns: packed rows are full."""
-        return num_targets(batch), torch.tensor(batch["input_ids"].numel())
-
-    def forward(
-        self, engine: Engine, batch: dict[str, Tensor], share: Tensor, extra: Extra | None = None
-    ) -> StepResult:
-        """The language model's own loss."""
-        return language_model_step(engine, batch, share, extra)
 
     def evaluate(self, engine: Engine, place: Place, batch_rows: int, max_rows: int | None) -> dict[str, float]:
         """Bits per held-out byte."""
@@ -110,22 +82,6 @@ class TextObjective(Objective):
     def held_out(self) -> dict[str, LabelledRows]:
         """The held-out text."""
         return {"": self.text.held_out.rows(self.recipe.train.sequence_length)}
-
-
-def num_targets(batch: dict[str, Tensor]) -> Tensor:
-    """Labels that count."""
-    return (batch["shift_labels"] != IGNORE_INDEX).sum()
-
-
-def language_model_step(
-    engine: Engine, batch: dict[str, Tensor], share: Tensor, extra: Extra | None = None
-) -> StepResult:
-    """Cross entropy of the batch's labels, with what the routers add to it, and whatever else has a weight."""
-    with nullcontext() if extra is None else extra.watching() as seen:
-        output = engine.forward(**batch, num_items_in_batch=share, use_cache=False)
-    losses, more = ({}, {}) if extra is None else extra.of(output, batch, share, seen)
-    metrics = {"loss": output.lm_loss, **router_metrics(output), **more}
-    return StepResult(output.loss, metrics, output.expert_load, output.num_patches, {**(output.parts or {}), **losses})
 
 
 def xz_bits_per_byte(text: Path) -> float:

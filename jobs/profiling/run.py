@@ -28,6 +28,7 @@ from jobs.model_building import build_model, model_config
 from jobs.profiling.parts import Part, take_apart
 from jobs.profiling.switches import all_off, config_without, switches_in_use
 from jobs.recipe import Recipe, RecipeError
+from jobs.recipe_schema import AUTO
 from mmada.config import MMaDAConfig
 from mmada.model import MMaDAForCausalLM
 from mmada.nn.patches.boundaries import entropies, threshold_for_size
@@ -103,6 +104,11 @@ def run(recipe: Recipe, rounds: int, json_file: Path | None = None) -> int:
     from jobs.recipe_checks import check, check_run_dir
 
     check(recipe)
+    if recipe.train.micro_batch == AUTO:
+        raise RecipeError(
+            "train.micro_batch=auto is found by `mmada train`, and a profile takes one micro batch; give its rows, "
+            "such as train.micro_batch=1"
+        )
     check_run_dir(recipe)
     tracking = recipe.tracking
     tracker = Tracker(tracking.uri, tracking.experiment, recipe.run_dir, f"{recipe.run.name}-profile")
