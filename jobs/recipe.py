@@ -187,7 +187,7 @@ def first_mistake(error: ValidationError, within: tuple[str, ...] = ()) -> str:
     ``within``: where in the recipe stands what was validated.
     """
     order: dict[Any, int] = {"extra_forbidden": 0, "missing": 2}
-    found = [{**each, "loc": (*within, *each["loc"])} for each in error.errors(include_url=False)]
+    found: list[Any] = [{**each, "loc": (*within, *each["loc"])} for each in error.errors(include_url=False)]
     mistakes = sorted(found, key=lambda each: order.get(each["type"], 1))
     words = [each for each in mistakes if each["type"] == "literal_error" and place(each) == place(mistakes[0])]
     is_choice = mistakes[0]["type"] in WANTED and words  # a number or a word
