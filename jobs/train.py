@@ -148,4 +148,4 @@ class TrainingRun(Driver):
         """Stages are what a run began with: more of them is another run, which begins with this one's weights."""
         if self.recipe.train.stages is None:
             return super().how_to_go_on(checkpoint)
-        return f"run.name={self.recipe.run.name}-more train.start_from={checkpoint}, and stages as you like"
+        return f"run.name={self.recipe.run.name}-more train.start_from={checkpoint}"
