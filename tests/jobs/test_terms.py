@@ -56,6 +56,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "within": of("safety", 1.0, safety_limit=100.0, safety_rate=0.001),
 }
 SHARED = (*CALIBRATIONS, "compute", "seconds", "safety", "limit")  # also by two workers, a few steps
+SPLIT = ("compute", "safety")  # and where no worker has a weight whole
 
 
 def recipe_for(folder: Path, kind: str, topology: dict[str, Any]) -> Recipe:
@@ -113,6 +114,7 @@ def one(prepared, folder) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def two(prepared, folder) -> list[dict[str, dict[str, Any]]]:
     recipes = {kind: recipe_for(folder, kind, TWO) for kind in SHARED}
+    recipes |= {f"{kind}, ZeRO 3": recipe_for(folder, kind, TWO | {"train.zero_stage": 3}) for kind in SPLIT}
     return run_together(2, steps_of, recipes, prepared, FEW)
 
 
@@ -203,6 +205,14 @@ def test_two_workers_do_what_one_does(kind, one, two):
         if kind == "seconds":
             ours, theirs = ({"loss": row["loss"], "operations": row["expected_operations"]} for row in (ours, theirs))
         assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6), step
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_weights_that_are_split_over_the_workers_change_nothing(kind, one, two):
+    for ours, theirs in zip(two[0][f"{kind}, ZeRO 3"]["rows"], one[kind]["rows"], strict=False):
+        named = {name for name in theirs if name.startswith(("loss", "gradient_norm", "expected", "reference"))}
+        assert f"loss.{kind}" in named and "squared_weights" not in ours
+        assert {name: ours[name] for name in named} == pytest.approx({name: theirs[name] for name in named}, rel=2e-4)
 
 
 def test_operations_are_those_of_the_models_own_sides_and_nothing_is_drawn():
