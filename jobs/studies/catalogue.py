@@ -196,14 +196,14 @@ CURRICULUM = Study(
 )
 
 CALIBRATION = Study(
-    title="A term for calibration beside language modelling on little text",
+    title="A loss for calibration beside language modelling",
     recipe="calibration",
     task=CalibrationTask(),
     variants={
         "language model": ["objectives.weights={calibration: 0}"],
-        "soft bins": ["objectives.weights={calibration: 1}"],
-        "mmce": ["objectives.weights={calibration: 1}", "objectives.calibration=mmce"],
-        "brier": ["objectives.weights={calibration: 1}", "objectives.calibration=brier"],
+        "soft bins": ["objectives.weights={calibration: 0.5}"],
+        "mmce": ["objectives.weights={calibration: 0.5}", "objectives.calibration=mmce"],
+        "brier": ["objectives.weights={calibration: 0.5}", "objectives.calibration=brier"],
     },
     claims=[
         Claim("soft bins", "language model", "error"),
