@@ -45,16 +45,19 @@ def try_out(rank: int, recipe: Recipe, prepared: Path, sizes: list[int]) -> tupl
     objective = open_objective(recipe, prepared)
     model = objective.build_model()
     place = Place(rank, recipe.cluster.workers, torch.device("cpu"), add_up)
+    before = bytes_alive()
     trials = Trials(recipe, objective, model, place)
     taken = {rows: trials.usage(rows).peak for rows in sizes}
-    meter = trials.meter
+    trials.close()
+    del trials
+    return taken, bytes_alive() - before, bytes_of(model)
 
-    def give_back() -> None:
-        trials.close()
-        gc.collect()
 
-    meter.measure(give_back)
-    return taken, meter.level, bytes_of(model)
+def bytes_alive() -> int:
+    """Of all tensors in this process, each storage once."""
+    gc.collect()
+    storages = [each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.fixture(scope="module")
