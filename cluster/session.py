@@ -122,11 +122,19 @@ class RaySession:
     def _start(self) -> None:
         # One more for the controller of the run.
         wanted = math.ceil(self.workers * self.cpus_per_worker + self.extra["CPU"]) + 1
-        context = _init(
-            address="local",  # None would join whatever RAY_ADDRESS or an earlier `ray start` names
-            num_cpus=max(os.cpu_count() or 1, wanted),
-            include_dashboard=False,
-        )
+        try:
+            context = _init(
+                address="local",  # None would join whatever RAY_ADDRESS or an earlier `ray start` names
+                num_cpus=max(os.cpu_count() or 1, wanted),
+                include_dashboard=False,
+            )
+        except Exception as error:  # Ray raises this very class, after half a minute that nothing changes
+            if "timed out during startup" not in str(error):
+                raise
+            raise ClusterError(
+                "cluster.address=null starts Ray on this machine, which is too busy for it to come up in half a "
+                "minute; try again when there is less to do, or give the cluster.address of a running cluster"
+            ) from error
         self._joined(context)
         self._require_places(ray.nodes())
 

@@ -346,6 +346,15 @@ def test_what_is_no_address(tmp_path, address):
     assert str(error.value).startswith(f"cluster.address={address} is not an address of a cluster; write host:port")
 
 
+def test_a_machine_too_busy_to_start_ray_is_named(tmp_path, monkeypatch):
+    def slow(**arguments):
+        raise Exception("The current node timed out during startup. This could happen because …")  # Ray's own words
+
+    monkeypatch.setattr("ray.init", slow)
+    with pytest.raises(ClusterError, match="too busy for it to come up"), RaySession(None, 1, 1, 0, tmp_path):
+        pass
+
+
 def test_places_are_counted_node_by_node():
     def node(cpu, gpu=0.0, alive=True):
         return {"Alive": alive, "Resources": {"CPU": cpu, "GPU": gpu}}
