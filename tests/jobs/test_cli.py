@@ -134,7 +134,7 @@ WRONG_RECIPES = [
     (["train.steps"], ["override=train.steps", "write section.key=value"]),
     (["steps=5"], ["override=steps=5", "write train.steps=5"]),
     (["train.steps=[1"], ["override=train.steps=[1", "mend it there"]),
-    (["train.steps.more=5"], ["override=train.steps.more=5", "set it whole"]),
+    (["train.steps.more=5"], ["train.steps=10 holds no keys", "set train.steps itself"]),
     (["model.ssm.state_sice=5"], ["model.ssm.state_sice=5 is not a field", "did you mean model.ssm.state_size?"]),
     (["model.ssm=5"], ["model.ssm=5 is not a section", "write its keys below it"]),
     (["model.ssm.chunk_size=3.5"], ["model.ssm.chunk_size=3.5", "write a whole number"]),
