@@ -32,7 +32,7 @@ def recipe_of(run_dir: Path, where: str, **keys: Any) -> Recipe:
     return small_recipe(run_dir, **PLACES[where] | fixed | {"train.micro_batch": "auto"} | keys)
 
 
-def try_out(rank: int, recipe: Recipe, prepared: Path, sizes: list[int]) -> tuple[dict[int, int], int, int]:
+def try_out(rank: int, recipe: Recipe, prepared: Path | None, sizes: list[int]) -> tuple[dict[int, int], int, int]:
     """What steps of these sizes take; the bytes that the trials hold when they are over; those of a model."""
     from jobs.micro_batch_trials import Trials, bytes_of
     from jobs.objectives.objective import Place
@@ -132,3 +132,41 @@ def test_a_run_goes_on_with_what_it_began_with(where, runs):
 
 def curve(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
     return [(row["loss"], row["gradient_norm"]) for row in rows]
+
+
+TASKS = "{family: chain_sum, size: 20, held_out: 5}"
+SOURCES = f"{{text: {{source: stdlib, limit_documents: 40}}, sums: {{source: tasks, tasks: {TASKS}}}}}"
+SHORT = "{name: short, steps: 2, sequence_length: 64, mixture: {text: 1}}"
+LONG = (
+    "{name: long, steps: 2, sequence_length: 192, mixture: {text: 1, sums: 1}, loss_weights: {calibration: [0, 0.1]}}"
+)
+PAIRS = {
+    "data.source": "tasks",
+    "tasks.family": "spell_backward",
+    "tasks.size": 5,
+    "tasks.held_out": 3,
+    "train.objective": "reward",
+}
+
+
+@pytest.mark.timeout(600)
+def test_trials_see_every_stage_and_pairs(tmp_path):
+    """The longest stage decides, with the loss that it weighs in the end."""
+    (tmp_path / "logs").mkdir()
+    mixed = {"data.source": "mixture", "data.sources": SOURCES, "data.limit_documents": "null", "train.steps": "null"}
+    plans = {"short": [SHORT], "both": [SHORT, LONG], "unweighed": [SHORT, LONG.partition(", loss_weights")[0] + "}"]}
+    recipes = {
+        name: recipe_of(tmp_path, "1 worker, ZeRO 0", **mixed, **{"train.stages": f"[{', '.join(stages)}]"})
+        for name, stages in plans.items()
+    }
+    recipes["pairs"] = recipe_of(
+        tmp_path, "1 worker, ZeRO 0", **PAIRS, **{"data.limit_documents": "null", "train.sequence_length": 400}
+    )
+    peaks = run_together(1, try_out_all, recipes)[0]
+    assert peaks["both"] > peaks["unweighed"] > 2 * peaks["short"] > 0
+    assert peaks["pairs"] > peaks["unweighed"]  # two completions of 400 tokens to a row
+
+
+def try_out_all(rank: int, recipes: dict[str, Recipe]) -> dict[str, int]:
+    """What a step of 4 rows takes, by recipe."""
+    return {name: try_out(rank, recipe, None, [4])[0][4] for name, recipe in recipes.items()}
