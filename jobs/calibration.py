@@ -17,10 +17,13 @@ from torch import Tensor
 
 from jobs.objectives.objective import LabelledRows, Objective, Place
 from mmada.data import IGNORE_INDEX
+from mmada.plots.reliability import reliability
 from mmada.training.objectives.calibration import BinSums, calibration_error, hard_bins
 from mmada.training.temperature import fit_temperature
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from cluster.engine import Engine
 
 BINS_FILE = "logs/calibration.json"  # by source, what the figure is drawn from
@@ -68,14 +71,14 @@ class Reliability:
 
 @torch.no_grad()
 def held_out_calibration(
-    forward: Callable[..., Any], rows: LabelledRows, *, batch_rows: int, max_rows: int | None, place: Place
+    forward: Callable[..., Any], rows: LabelledRows, *, batch_rows: int, place: Place
 ) -> Reliability:
-    """Predict the labels of the first ``max_rows`` rows; workers take turns and find the same.
+    """Predict the labels of rows; workers take turns and find the same.
 
     Rows count as far as logits for MOST_LOGITS fit a worker. Every worker makes the same calls of ``forward``. Raises
     ValueError for fewer than two rows.
     """
-    num_rows = min(len(rows), max_rows or len(rows))
+    num_rows = len(rows)
     if num_rows < 2:
         raise ValueError(f"{num_rows} held-out rows cannot be divided for fitting and measuring; hold out two or more")
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -125,13 +128,28 @@ def _bins(logits_NV: Tensor, target_N: Tensor, temperature: float, place: Place)
 def report_calibration(
     objective: Objective, engine: Engine, place: Place, *, batch_rows: int, run_dir: Path
 ) -> dict[str, float]:
-    """Metrics for every source that is held out, and its bins on disk. The model is in evaluation mode."""
+    """Metrics for every source that is held out, and its bins on disk. The model is in evaluation mode.
+
+    A source of which a single row is held out has none: a run that has learned does not fail for it.
+    """
     metrics: dict[str, float] = {}
     bins = {}
     for name, rows in objective.held_out().items():
-        found = held_out_calibration(engine.forward, rows, batch_rows=batch_rows, max_rows=None, place=place)
+        if len(rows) < 2:
+            continue
+        found = held_out_calibration(engine.forward, rows, batch_rows=batch_rows, place=place)
         metrics |= {f"{key}.{name}" if name else key: value for key, value in found.metrics().items()}
         bins[name] = found.bins()
     if place.rank == 0:
         (run_dir / BINS_FILE).write_text(json.dumps(bins))
     return metrics
+
+
+def reliability_figures(run_dir: Path, title: str) -> dict[str, Figure]:
+    """What ``report_calibration`` left on disk as figures, by name; none where it was not asked for."""
+    file = run_dir / BINS_FILE
+    bins = json.loads(file.read_text()) if file.exists() else {}
+    return {
+        f"reliability-{source}" if source else "reliability": reliability(own, f"{title}  {source}".rstrip())
+        for source, own in bins.items()
+    }

@@ -244,7 +244,7 @@ def evaluate_text(
         found: dict[str, Any] = {"kind": "text", "bits_per_byte": bits, "bytes": text.num_bytes}
         if len(rows) < 2:
             return found
-        trust = held_out_calibration(model, rows, batch_rows=_ROWS, max_rows=None, place=place)
+        trust = held_out_calibration(model, rows, batch_rows=_ROWS, place=place)
         console.print(
             f"         calibration error {trust.error:.2%}, and {trust.scaled_error:.2%} at temperature "
             f"{trust.temperature:.3f}, fitted on every other row"

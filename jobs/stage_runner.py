@@ -152,6 +152,12 @@ class StageRunner:
         share = self.state.step_in_stage / max(1, stage.plan.steps - 1)
         return scheduled(stage.loss_weights.get(name, general), share)
 
+    def names_loss(self, name: str) -> bool:
+        """Whether the recipe says what a loss weighs, if only 0, in the whole run or in some stage."""
+        objectives = self.recipe.objectives
+        general = objectives.weights if objectives is not None else {}
+        return name in general or any(name in stage.loss_weights for stage in self.stages)
+
     def longest_rows(self, num: int) -> dict[str, Tensor]:
         """Rows of the stage's sources to see what a step takes: of some from all over each, those with most tokens.
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.calibration import BINS_FILE
+from jobs.calibration import reliability_figures
 from jobs.driver import Driver, RunRecord, only_cpus, start
 from jobs.objectives.objective import Objective
 from jobs.objectives.registry import prepare_objective
 from jobs.recipe import Recipe
 from jobs.stage_spans import StageSpan, closing, opening, stage_spans
 from mmada.plots.learning_curve import mark_stages
-from mmada.plots.reliability import reliability
 
 
 class TrainingRecord(RunRecord):
@@ -128,10 +126,7 @@ class TrainingRun(Driver):
         name = self.recipe.run.name
         curve = self.objective.figure(self.record.curves, name)
         mark_stages(curve, [(span.first, span.name) for span in self.spans()])
-        found, bins = {"learning_curve": curve}, self.run_dir / BINS_FILE
-        for source, own in (json.loads(bins.read_text()) if bins.exists() else {}).items():
-            found[f"reliability-{source}" if source else "reliability"] = reliability(own, f"{name}  {source}".rstrip())
-        return found
+        return {"learning_curve": curve, **reliability_figures(self.run_dir, name)}
 
     def closing(self) -> None:
         """Where stages ended, and the last evaluation in words."""

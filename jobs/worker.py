@@ -188,7 +188,7 @@ class TrainingWorker:
         rows, found = self.settings.micro_batch, {}
         self.engine.set_training(False)
         self.objective.finish(self.engine, self.place, rows)
-        if self.recipe.objectives is not None and "calibration" in self.recipe.objectives.weights:
+        if self.stages.names_loss("calibration"):
             found = report_calibration(self.objective, self.engine, self.place, batch_rows=rows, run_dir=self.run_dir)
         self.engine.set_training(True)
         return found

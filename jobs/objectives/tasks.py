@@ -79,7 +79,8 @@ class TaskObjective(LanguageModelObjective):
         if not can_decode(recipe):
             return {cls.held_out_metric}
         levels = recipe.tasks.difficulty if recipe.tasks is not None else 0
-        return {cls.held_out_metric, ACCURACY, *map(accuracy_of_level, levels if isinstance(levels, list) else [])}
+        several = levels if isinstance(levels, list) and len(levels) > 1 else []
+        return {cls.held_out_metric, ACCURACY, *map(accuracy_of_level, several)}
 
     def settle(self, model: TrainableModel, saved: Path | None) -> list[str]:
         """The threshold of byte patches, from the model that training begins with."""

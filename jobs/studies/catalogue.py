@@ -158,7 +158,7 @@ POLICY_ARITHMETIC = policy_study(
     ],
 )
 
-_TARGET = 0.4
+_TARGET, _WITHIN = 0.4, 600
 _UNTIL = f"advance: {{when: threshold, metric: held_out_accuracy, threshold: {_TARGET}, times: 1}}"
 
 
@@ -172,19 +172,20 @@ def _promoted(name: str, level: int, upto: float) -> str:
 CURRICULUM = Study(
     title=f"Words of three lengths spelled backward, until {_TARGET:.0%} of those held out are right",
     recipe="curriculum",
-    task=TargetTask("held_out_accuracy", _TARGET),
+    task=TargetTask("held_out_accuracy", _TARGET, _WITHIN),
     variants={
-        "all at once": [f"train.stages=[{{name: all, steps: 600, {_UNTIL}}}]"],
+        "all at once": [f"train.stages=[{{name: all, steps: {_WITHIN}, {_UNTIL}}}]"],
         "fixed stages": [
             "train.stages=[{name: short, steps: 80, difficulty: [0, 0.333]}, "
-            f"{{name: longer, steps: 80, difficulty: [0, 0.667]}}, {{name: all, steps: 440, {_UNTIL}}}]"
+            f"{{name: longer, steps: 80, difficulty: [0, 0.667]}}, {{name: all, steps: {_WITHIN - 160}, {_UNTIL}}}]"
         ],
         "competence": [
-            f"train.stages=[{{name: all, steps: 600, pacing: {{kind: root, start: 0.333, over: 0.333}}, {_UNTIL}}}]"
+            f"train.stages=[{{name: all, steps: {_WITHIN}, {_UNTIL}, "
+            "pacing: {kind: root, start: 0.333, over: 0.333}}]"
         ],
         "success gating": [
             f"train.stages=[{_promoted('short', 1, 0.333)}, {_promoted('longer', 2, 0.667)}, "
-            f"{{name: all, steps: 600, {_UNTIL}}}]"
+            f"{{name: all, steps: {_WITHIN}, {_UNTIL}}}]"
         ],
     },
     claims=[

@@ -69,11 +69,13 @@ class PolicyTask:
 class TargetTask:
     """Whole runs of ``mmada train``, each until its evaluations find ``metric`` at ``target`` or above.
 
-    The step of the first such evaluation counts; of a run that never gets there, all its steps, and ``reached`` is 0.
+    The step of the first such evaluation counts; of a run that does not get there ``within`` so many steps it is these,
+    and ``reached`` is 0: variants whose stages could last longer have no more time.
     """
 
     metric: str
     target: float
+    within: int
     unit: str = "optimizer steps to the target"
 
     def measures(self) -> list[str]:
@@ -83,9 +85,18 @@ class TargetTask:
     def of(self, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The measures of a run, from the metrics of its steps."""
         for row in rows:
-            if row.get(self.metric, 0.0) >= self.target:
+            if row["step"] <= self.within and row.get(self.metric, 0.0) >= self.target:
                 return {"steps": row["step"], "reached": 1.0}
-        return {"steps": rows[-1]["step"], "reached": 0.0}
+        return {"steps": self.within, "reached": 0.0}
+
+
+# Measures of ``CalibrationTask`` by the metrics of a run's last step.
+_CALIBRATION = {
+    "error": "held_out_calibration_error",
+    "scaled error": "scaled_calibration_error",
+    "temperature": "temperature",
+    "bits per byte": "bits_per_byte",
+}
 
 
 @dataclass(frozen=True)
@@ -99,19 +110,11 @@ class CalibrationTask:
 
     def measures(self) -> list[str]:
         """Names of what is measured."""
-        return [*self._columns()]
+        return [*_CALIBRATION]
 
     def of(self, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The measures of a run, from the metrics of its steps."""
-        return {name: rows[-1][metric] for name, metric in self._columns().items()}
-
-    def _columns(self) -> dict[str, str]:
-        return {
-            "error": "held_out_calibration_error",
-            "scaled error": "scaled_calibration_error",
-            "temperature": "temperature",
-            "bits per byte": "bits_per_byte",
-        }
+        return {name: rows[-1][metric] for name, metric in _CALIBRATION.items()}
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ class Claim:
 
     ``worse_measure`` is what ``worse`` is measured by, where that is another. ``margin`` is how much worse ``better``
     may do and still count as no worse, for claims that something stays as it is; below 0 it must do that much better.
-    ``lower_is_better``: of this measure,
-    where it differs from the study's others. ``share``: of ``worse`` that ``better`` may reach at most.
+    ``lower_is_better``: of this measure, where it differs from the study's others. ``share``: of ``worse`` that
+    ``better`` may reach at most.
     """
 
     better: str

@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from jobs import calibration
-from jobs.calibration import BINS_FILE, Reliability, held_out_calibration
+from jobs.calibration import (
+    BINS_FILE,
+    Reliability,
+    held_out_calibration,
+    reliability_figures,
+    report_calibration,
+)
 from jobs.objectives.objective import Place
 from mmada.data import IGNORE_INDEX
 from mmada.training.temperature import fit_temperature
@@ -60,7 +66,7 @@ def plainly(logits_NV: Tensor, target_N: Tensor, temperature: float) -> float:
 
 def found_in(rows: KnownRows, num_rows: int) -> tuple[Reliability, float, float, float]:
     """What is found, and what should be: temperature, error, error at the temperature."""
-    found = held_out_calibration(rows.forward, rows, batch_rows=4, max_rows=None, place=alone())
+    found = held_out_calibration(rows.forward, rows, batch_rows=4, place=alone())
     own = [torch.arange(num_rows) % 2 == parity for parity in (0, 1)]
     (fit_NV, fit_N), (measured_NV, measured_N) = (
         (rows.logits[:num_rows][which][counts], rows.labels[:num_rows][which][counts])
@@ -87,7 +93,19 @@ def test_no_more_logits_are_kept_than_there_is_room_for(monkeypatch):
 def test_one_row_cannot_be_divided():
     rows = KnownRows(1)
     with pytest.raises(ValueError, match="1 held-out rows cannot be divided"):
-        held_out_calibration(rows.forward, rows, batch_rows=4, max_rows=None, place=alone())
+        held_out_calibration(rows.forward, rows, batch_rows=4, place=alone())
+
+
+def test_a_source_of_one_row_is_left_out_and_ends_no_run(tmp_path: Path):
+    many, one = KnownRows(21), KnownRows(1)
+    objective = SimpleNamespace(held_out=lambda: {"text": many, "sums": one})
+    (tmp_path / "logs").mkdir()
+    engine = SimpleNamespace(forward=many.forward)
+    found = report_calibration(objective, engine, alone(), batch_rows=4, run_dir=tmp_path)  # type: ignore[arg-type]
+    assert found.keys() == {
+        f"{name}.text" for name in ("held_out_calibration_error", "scaled_calibration_error", "temperature")
+    }
+    assert [*reliability_figures(tmp_path, "run")] == ["reliability-text"]
 
 
 def test_a_run_reports_it_alike_on_one_worker_and_on_two(tmp_path: Path, prepared: Path):
@@ -106,3 +124,5 @@ def test_a_run_reports_it_alike_on_one_worker_and_on_two(tmp_path: Path, prepare
     assert two["held_out_calibration_error"] == pytest.approx(one["held_out_calibration_error"], abs=1e-3)
     counts = [sum(own["count"]) for bins in (one_bins, two_bins) for own in bins.values()]
     assert len(counts) == 4 and len(set(counts)) == 1  # no prediction is lost or counted twice
+    (figure,) = reliability_figures(run_dir, "run").values()
+    assert [line.get_label() for line in figure.axes[0].lines[1:]] == [*two_bins]

@@ -118,6 +118,9 @@ def test_text_needs_the_bits_that_training_said(trained, monkeypatch, capsys):
     found, out = evaluated(folder, monkeypatch, capsys, "text")
     assert found["bits_per_byte"] == pytest.approx(metrics["text"]["bits_per_byte"], rel=1e-5)
     assert "bits per held-out byte" in out
+    assert found["scaled_calibration_error"] != found["held_out_calibration_error"] > 0
+    error, temperature = f"{found['held_out_calibration_error']:.2%}", f"{found['temperature']:.3f}"
+    assert f"calibration error {error}" in out and f"at temperature {temperature}" in out
 
 
 def test_a_reward_model_orders_the_pairs_that_training_said(trained, monkeypatch, capsys):

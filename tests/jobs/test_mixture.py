@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,10 @@ from tests.jobs.workers import run_all
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Recipe:
     folder = tmp_path_factory.mktemp("runs")
-    stages = [{"name": "all", "steps": 3}, {"name": "sums", "steps": 2, "mixture": {"sums": 1.0}}]
+    stages: list[dict[str, Any]] = [
+        {"name": "all", "steps": 3},
+        {"name": "sums", "steps": 2, "mixture": {"sums": 1.0}, "loss_weights": {"calibration": 0.0}},
+    ]
     return read(folder, with_changes(**{"train.stages": stages, "train.evaluate_every": 0, "train.zero_stage": 1}))
 
 
@@ -62,6 +66,10 @@ def test_a_run_learns_from_both_and_measures_each(recipe: Recipe, capsys, monkey
     assert last["held_out_bits"] == pytest.approx(sum(bits) / 2) and all(map(math.isfinite, bits))
     assert last["held_out_accuracy"] == last["held_out_accuracy.sums"]
     assert MixtureObjective.evaluated(recipe) <= last.keys()  # what a stage may listen to is measured
+    # That a stage weighs it, if only with 0, asks for it.
+    assert {
+        f"{key}.{name}" for key in ("temperature", "scaled_calibration_error") for name in ("text", "sums")
+    } <= last.keys()
     levels = [last[f"held_out_accuracy.level_{level}.sums"] for level in (0, 1, 2)]
     assert sum(levels) / 3 == pytest.approx(last["held_out_accuracy.sums"])  # as many problems of each
     (run_dir / RESOLVED_RECIPE).write_text(recipe.resolved_yaml())

@@ -92,7 +92,7 @@ def test_overrides_reach_into_sources_stages_and_entries_of_lists():
         ("train.stages.sum.steps=9", "train.stages.sum is no entry of train.stages; did you mean sums?"),
         ("train.stages.3.steps=9", "train.stages.3 is no entry of train.stages; use text, sums or both"),
         ("train.stages.sums.stepz=9", "train.stages.1.stepz=9 is not a key"),
-        ("train.steps.more=9", "train.steps"),
+        ("train.steps.more=9", "train.steps={'more': 9} is not a whole number"),
         ("data.source.more=9", "data.source='mixture' holds no keys; set data.source itself"),
     ],
 )

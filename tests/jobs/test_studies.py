@@ -95,9 +95,10 @@ def test_a_gain_is_taken_seed_by_seed():
 
 def test_steps_to_a_target_are_those_of_the_first_evaluation_that_reaches_it():
     rows = [{"step": 1}, {"step": 2, "held_out_accuracy": 0.3}, {"step": 3}, {"step": 4, "held_out_accuracy": 0.5}]
-    task = TargetTask("held_out_accuracy", 0.5)
+    task = TargetTask("held_out_accuracy", 0.5, within=6)
     assert task.of([*rows, {"step": 5, "held_out_accuracy": 0.6}]) == {"steps": 4, "reached": 1.0}
-    assert task.of(rows[:3]) == {"steps": 3, "reached": 0.0}
+    assert task.of(rows[:3]) == {"steps": 6, "reached": 0.0}
+    assert TargetTask("held_out_accuracy", 0.5, within=3).of(rows) == {"steps": 3, "reached": 0.0}
 
 
 def test_a_trial_may_be_a_whole_run_with_its_stages(tmp_path):
@@ -107,7 +108,7 @@ def test_a_trial_may_be_a_whole_run_with_its_stages(tmp_path):
     trial = Trial(STUDIES["curriculum"], "competence", 3, [*small, f"train.stages={stages}"], None, str(tmp_path / "x"))
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = pool.submit(run_trial, trial).result()
-    assert (found["steps"], found["reached"]) == (3, 0.0)
+    assert (found["steps"], found["reached"]) == (600, 0.0)
     rows = read_metrics(tmp_path / "competence-3", up_to=9)
     assert [row["stage"] for row in rows] == [1, 2, 2] and "held_out_accuracy" in rows[0]
 
