@@ -21,7 +21,7 @@ METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_LENGTH = 1000, 100, 6000  # MLflow's 
 FLUSH_SECONDS = 1.0  # metrics of this long go up together
 LONGEST_PAUSE = 30.0  # between two tries at a server that does not take them
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "NOT_FOUND"}
-STATUS = {"done": "FINISHED", "failed": "FAILED"}
+STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 # Where the user has not said otherwise. MLflow itself tries a request for minutes; here the writer tries again.
 ENVIRONMENT = {
@@ -45,6 +45,8 @@ class Tracker:
         run_name: name of the run in MLflow.
         run_id: MLflow id of the run to continue, or None for a new one.
         system_metrics_seconds: interval at which CPU, memory, disk, network and GPU use of the driver are sampled.
+        parent_run_id: MLflow id of the run under which this one stands in the tree, or None.
+        tags: set when the run is created or continued; a value is kept as its text.
 
     Raises:
         ClusterError: `uri` is malformed, or does not answer within ten seconds.
@@ -58,6 +60,8 @@ class Tracker:
         run_name: str,
         run_id: str | None = None,
         system_metrics_seconds: float = 10.0,
+        parent_run_id: str | None = None,
+        tags: Mapping[str, Any] | None = None,
     ):
         self.run_dir = Path(run_dir).absolute()
         self.uri = uri or f"sqlite:///{self.run_dir.parent / 'mlflow.db'}"
@@ -65,6 +69,8 @@ class Tracker:
         self.run_name = run_name
         self.run_id = run_id
         self.system_metrics_seconds = system_metrics_seconds
+        parent = {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
+        self._own_tags = {**(tags or {}), **parent}
         self._writer: _Writer | None = None
         self._monitor: Any = None
         self._client: Any = None
@@ -93,7 +99,7 @@ class Tracker:
             tags = {f"resumed.{name}": value for name, value in flat.items() if recorded.get(name, value) != value}
             for some in _batches(new, PARAMS_PER_BATCH):
                 client.log_batch(self.run_id, params=some)
-            for some in _batches(_tags({"run.dir": self.run_dir, **tags}), PARAMS_PER_BATCH):
+            for some in _batches(_tags({"run.dir": self.run_dir, **self._own_tags, **tags}), PARAMS_PER_BATCH):
                 client.log_batch(self.run_id, tags=some)
         self._scratch = tempfile.TemporaryDirectory(prefix="mmada-figures-")
         self._writer = _Writer(client, self.run_id)
@@ -146,7 +152,7 @@ class Tracker:
         """Write what is left and close the run.
 
         Args:
-            status: "done" or "failed".
+            status: "done", "failed" or "stopped" (by whoever compares runs, with nothing wrong).
             timeout_s: seconds to wait for the server; then the rest is given up.
 
         Returns:
