@@ -24,3 +24,7 @@ class CheckpointDamaged(ClusterError):
     def __reduce__(self):
         # By default an exception is pickled with its message, which this constructor does not take.
         return type(self), (self.folder, self.file, self.reason)
+
+
+class Stopped(Exception):
+    """Work was told to stop from outside before its end; nothing is wrong."""

@@ -20,7 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Stopped
 
 # Ray Train's controller takes one report from each worker about every two seconds, and a worker that reports
 # faster waits for it; what a worker has to say is therefore gathered and sent at this interval.
@@ -70,11 +70,12 @@ def run_workers(
     ``attempt_dir`` must be new: Ray Train would silently take up what lies in a folder used before.
     ``on_message`` gets, in a thread of this process, every non-empty report (``kind`` ``"report"``) and every failure
     of the group (``kind`` ``"failure"``, ``errors`` by rank); ``on_silence``, there too and about twice a second while
-    nothing comes, the seconds since the last of them. Raises WorkersFailed.
+    nothing comes, the seconds since the last of them. Raises WorkersFailed; and Stopped where one of these two raised
+    it: then the workers are left to the end of this process.
     """
     if attempt_dir.exists():
         raise ClusterError(f"attempt_dir={attempt_dir} exists already; give a folder of its own to every attempt")
-    queue = Queue(actor_options={"num_cpus": 0})
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": "DEFAULT"})
     listener = _Listener(queue, on_message, on_silence)
     listener.start()
     trainer = TorchTrainer(
@@ -94,7 +95,7 @@ def run_workers(
         ),
     )
     try:
-        _fit(trainer)
+        _fit(trainer, listener)
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
         # One worker's full disk is the others' lost connection: what was named comes before what followed from it.
@@ -111,7 +112,7 @@ def run_workers(
         raise listener.failure
 
 
-def _fit(trainer: TorchTrainer) -> None:
+def _fit(trainer: TorchTrainer, listener: _Listener) -> None:
     """``trainer.fit()`` in a thread, so that Ctrl-C reaches this one.
 
     In the main thread Ray Train puts in a handler of its own, which answers Ctrl-C by leaving the process: no summary,
@@ -129,6 +130,8 @@ def _fit(trainer: TorchTrainer) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(timeout=0.2)
+        if isinstance(listener.failure, Stopped):
+            raise listener.failure
     if raised:
         raise raised[0]
 
@@ -157,12 +160,15 @@ class _Listener(threading.Thread):
             except Empty:
                 if self._done.is_set():
                     return
-                self._on_silence(time.monotonic() - heard)
+                self._call(self._on_silence, time.monotonic() - heard)
                 continue
             except ray.exceptions.RayError:
                 return  # Ray itself is going down, and the run with it
-            try:
-                self._on_message(message)
-            except Exception as error:
-                self.failure = self.failure or error
+            self._call(self._on_message, message)
             heard = time.monotonic()
+
+    def _call(self, receiver: Callable[[Any], None], what: Any) -> None:
+        try:
+            receiver(what)
+        except Exception as error:
+            self.failure = self.failure or error

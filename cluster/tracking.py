@@ -21,6 +21,7 @@ METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_LENGTH = 1000, 100, 6000  # MLflow's 
 FLUSH_SECONDS = 1.0  # metrics of this long go up together
 LONGEST_PAUSE = 30.0  # between two tries at a server that does not take them
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "NOT_FOUND"}
+IDENTITY = "mmada.identity"  # the tag of a run that can be found again without its id
 STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 # Where the user has not said otherwise. MLflow itself tries a request for minutes; here the writer tries again.
@@ -44,9 +45,12 @@ class Tracker:
         run_dir: folder of the run.
         run_name: name of the run in MLflow.
         run_id: MLflow id of the run to continue, or None for a new one.
-        system_metrics_seconds: interval at which CPU, memory, disk, network and GPU use of the driver are sampled.
+        system_metrics_seconds: interval at which CPU, memory, disk, network and GPU use of the driver are sampled;
+            0 does not.
         parent_run_id: MLflow id of the run under which this one stands in the tree, or None.
         tags: set when the run is created or continued; a value is kept as its text.
+        identity: a name that no other run of the experiment has; a run of this identity is continued where `run_id`
+            is not known, so that whoever dies between making a run and remembering its id makes no second one.
 
     Raises:
         ClusterError: `uri` is malformed, or does not answer within ten seconds.
@@ -62,6 +66,7 @@ class Tracker:
         system_metrics_seconds: float = 10.0,
         parent_run_id: str | None = None,
         tags: Mapping[str, Any] | None = None,
+        identity: str | None = None,
     ):
         self.run_dir = Path(run_dir).absolute()
         self.uri = uri or f"sqlite:///{self.run_dir.parent / 'mlflow.db'}"
@@ -70,6 +75,7 @@ class Tracker:
         self.run_id = run_id
         self.system_metrics_seconds = system_metrics_seconds
         parent = {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
+        self.identity = identity
         self._own_tags = {**(tags or {}), **parent}
         self._writer: _Writer | None = None
         self._monitor: Any = None
@@ -86,13 +92,12 @@ class Tracker:
         Raises:
             ClusterError: the server refuses, or has no run of this id.
         """
-        mlflow = _quiet_mlflow()
+        mlflow = quiet_mlflow()
         with _refusal_named(self.uri, self.experiment):
             client = self._client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             if self.run_id is None:
-                self.run_id = client.create_run(self._experiment_id(client), run_name=self.run_name).info.run_id
-            else:
-                client.update_run(self.run_id, status="RUNNING")
+                self.run_id = find_or_make(client, self._experiment_id(client), self.run_name, self.identity)
+            client.update_run(self.run_id, status="RUNNING")
             recorded = client.get_run(self.run_id).data.params
             flat = flatten(params)
             new = [mlflow.entities.Param(name, value) for name, value in flat.items() if name not in recorded]
@@ -104,8 +109,9 @@ class Tracker:
         self._scratch = tempfile.TemporaryDirectory(prefix="mmada-figures-")
         self._writer = _Writer(client, self.run_id)
         self._writer.start()
-        self._monitor = _system_metrics(self.run_id, self.uri, self.system_metrics_seconds, self.log)
-        self._monitor.start()
+        if self.system_metrics_seconds:
+            self._monitor = _system_metrics(self.run_id, self.uri, self.system_metrics_seconds, self.log)
+            self._monitor.start()
         return self.run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -161,7 +167,8 @@ class Tracker:
         end = STATUS[status]
         if self._writer is None:
             return []
-        self._monitor.finish()
+        if self._monitor is not None:
+            self._monitor.finish()
         self._put(_Item(f"the status {end}", lambda client, run: client.set_terminated(run, end)))
         lost = self._writer.close(timeout_s)
         self._writer = None
@@ -199,6 +206,15 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             text = json.dumps(value, default=str) if isinstance(value, (list, tuple, Mapping)) else str(value)
             flat[f"{prefix}{name}"] = text[:PARAM_LENGTH]
     return flat
+
+
+def find_or_make(client: Any, experiment_id: str, name: str, identity: str | None) -> str:
+    """Id of the experiment's run of that identity, made where there is none; without an identity always a new one."""
+    tags = {} if identity is None else {IDENTITY: identity}
+    for tag, value in tags.items():
+        for run in client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1):
+            return run.info.run_id
+    return client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
 
 
 @dataclass
@@ -280,7 +296,7 @@ def _first_line(error: Exception | None) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _quiet_mlflow() -> Any:
+def quiet_mlflow() -> Any:
     """The module, whose import takes more than a second and sets up logging of its own."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -120,6 +120,19 @@ def ppo(options: argparse.Namespace) -> int:
     return run(recipe)
 
 
+def tune(options: argparse.Namespace) -> int:
+    """Check a search and run it."""
+    from jobs.recipe import load_values
+    from jobs.recipe_checks import check_run
+    from jobs.recipe_checks_tune import check_tune
+
+    search = check_tune(load_values(options.recipe, options.overrides))
+    check_run(search.recipe)
+    from jobs.tuning.sweep import run
+
+    return run(search)
+
+
 def plan(options: argparse.Namespace) -> int:
     """Show what a recipe needs."""
     from jobs.plan import run
@@ -203,6 +216,7 @@ def doctor(options: argparse.Namespace) -> int:
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "ppo": ppo,
+    "tune": tune,
     "plan": plan,
     "export": export,
     "generate": generate,
@@ -249,6 +263,7 @@ def build_parser() -> Parser:
     for verb, summary in (
         ("train", "train the model of a recipe, or go on with run.resume=true"),
         ("ppo", "improve the policy of a recipe by reinforcement learning"),
+        ("tune", "search the recipe's keys that its section tune names, a whole run for each trial"),
         ("plan", "show what a recipe needs: parameters, memory, batches, resources"),
     ):
         each = add(verb, summary)

@@ -11,13 +11,15 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoints import CheckpointStore
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Stopped
 from cluster.launch import WorkersFailed, run_workers
 from cluster.session import RaySession
 from cluster.terminal import quiet_terminal
@@ -27,6 +29,17 @@ from jobs.console import RunLine
 from jobs.progress import read_metrics
 from jobs.recipe import RESOLVED_RECIPE, Recipe
 from mmada.errors import DataError
+
+
+@dataclass(frozen=True)
+class TrackedAs:
+    """Where a run stands in MLflow that is part of something larger. ``identity`` finds it again without its id."""
+
+    uri: str
+    name: str
+    parent: str
+    identity: str
+    tags: dict[str, Any]
 
 
 class RunRecord:
@@ -79,6 +92,9 @@ class Driver:
     steps_key = "train.steps"  # what the user raises to go on
     extra_cpus = 0.0  # of actors beside the workers
     extra_gpus = 0.0
+    tracked_as: TrackedAs | None = None  # None: a run of its own
+    listener: Callable[[dict[str, Any]], None] | None = None  # hears of every step and evaluation
+    stop: threading.Event | None = None  # set from outside: come to an orderly end before the last step
 
     def __init__(self, recipe: Recipe, run_dir: Path, fingerprint: str, source: str) -> None:
         """``fingerprint`` of what is learned from, named by ``source`` (``data.source=stdlib``).
@@ -164,13 +180,7 @@ class Driver:
             self.announce()
             line.wait("starting MLflow and Ray …")
             cluster = self.recipe.cluster
-            self.tracker = Tracker(
-                self.recipe.tracking.uri,
-                self.recipe.tracking.experiment,
-                run_dir=self.run_dir,
-                run_name=self.recipe.run.name,
-                run_id=self.state.get("mlflow_run_id"),
-            )
+            self.tracker = self._make_tracker()
             with RaySession(
                 cluster.address,
                 workers=cluster.workers,
@@ -192,6 +202,19 @@ class Driver:
                     self.tracker.finish("failed")
                     raise
             return self._finish(error, log)
+
+    def _make_tracker(self) -> Tracker:
+        own, place = self.recipe.tracking, self.tracked_as
+        return Tracker(
+            own.uri if place is None else place.uri,
+            own.experiment,
+            run_dir=self.run_dir,
+            run_name=self.recipe.run.name if place is None else place.name,
+            run_id=self.state.get("mlflow_run_id"),
+            parent_run_id=None if place is None else place.parent,
+            identity=None if place is None else place.identity,
+            tags={} if place is None else place.tags,
+        )
 
     def _run_workers(self) -> BaseException | None:
         cluster = self.recipe.cluster
@@ -217,14 +240,23 @@ class Driver:
                     attempt_dir=self.run_dir / "ray" / f"attempt-{attempt}",
                     max_failures=cluster.max_failures,
                     on_message=self._hear,
-                    on_silence=self.line.silence,
+                    on_silence=self._silence,
                 )
-        except (WorkersFailed, ClusterError, KeyboardInterrupt) as error:
+        except (WorkersFailed, ClusterError, KeyboardInterrupt, Stopped) as error:
             return error
         return None
 
+    def _silence(self, seconds: float) -> None:
+        self.line.silence(seconds)
+        self._stop_if_told()
+
+    def _stop_if_told(self) -> None:
+        if self.stop is not None and self.stop.is_set():
+            raise Stopped("told to stop")
+
     def _hear(self, message: dict[str, Any]) -> None:
         """A message from the workers, in the listening thread."""
+        self._stop_if_told()
         if message["kind"] == "failure":
             rank, reason = next(iter(message["errors"].items()))
             self.line.say(f"worker {rank} failed: {reason}")
@@ -257,6 +289,8 @@ class Driver:
         if "checkpoint" in row and folder.is_dir():
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             self.tracker.checkpoint(folder, row["step"], size)
+        if self.listener is not None:
+            self.listener(row)
         return metrics
 
     def _finish(self, error: BaseException | None, log: Path) -> int:
@@ -265,7 +299,7 @@ class Driver:
             store = CheckpointStore(self.run_dir / "checkpoints")
             newest = store.newest_good(lambda damaged: self.line.say(str(damaged)))
             record.checkpoint = str(newest) if newest else None
-        status = "failed" if error else "done"
+        status = "stopped" if isinstance(error, Stopped) else "failed" if error else "done"
         if record.curves:
             for name, figure in self.figures().items():
                 self.tracker.figure(name, figure)
@@ -276,6 +310,9 @@ class Driver:
         if isinstance(error, KeyboardInterrupt):
             self.line.say(f"interrupted after step {record.steps}; go on with run.resume=true")
             raise error
+        if isinstance(error, Stopped):
+            self.line.say(f"stopped  after step {record.steps}: {error}")
+            return 0
         if error:
             last = f"; the last good checkpoint is {record.checkpoint}" if record.checkpoint else ""
             self.line.say(f"failed after step {record.steps}: {error}{last}; logs in {log.parent}")

@@ -51,10 +51,15 @@ def run(recipe: Recipe) -> int:
 
     Raises RecipeError, DataError or ClusterError before anything has started.
     """
+    return start(recipe, prepare(recipe))
+
+
+def prepare(recipe: Recipe) -> Callable[[Path], PPORun]:
+    """Read what a recipe learns from; what makes its driver for a run's folder. Raises as ``run``."""
     tasks = load_recipe_tasks(recipe)
     if not recipe.run.resume:
         check_unseen(tasks, recipe.ppo.start_from if recipe.ppo is not None else None, "ppo.start_from")
-    return start(recipe, lambda run_dir: PPORun(recipe, run_dir, tasks))
+    return lambda run_dir: PPORun(recipe, run_dir, tasks)
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -191,6 +196,8 @@ class PPORun(Driver):
         accuracy = self.accuracy[version]
         self._remember(accuracy=self.accuracy)
         self.tracker.log(version, {"held_out_accuracy": accuracy})
+        if self.listener is not None:
+            self.listener({"step": version, "held_out_accuracy": accuracy})
         self.line.say(f"held out {accuracy:.1%} of {num_problems} problems solved after iteration {version}")
 
     def _tabulate(self, iteration: int, scored: list[tuple[Trajectory, float]]) -> None:

@@ -18,9 +18,19 @@ from jobs.stage_presets import stages_of_preset
 from jobs.stages import planned_steps
 from jobs.wording import closest, listed, shown, suggestion
 
-__all__ = ["RESOLVED_RECIPE", "Recipe", "RecipeError", "load_recipe", "shipped_recipes"]
+__all__ = [
+    "RESOLVED_RECIPE",
+    "Recipe",
+    "RecipeError",
+    "load_recipe",
+    "load_values",
+    "recipe_of",
+    "set_key",
+    "shipped_recipes",
+]
 
 RECIPES = Path(__file__).parent / "recipes"
+SPACE = "tune.space."  # what stands behind it is the key of a recipe, dots and all
 
 # What a field wants, by pydantic's name for the mistake.
 WANTED = {
@@ -42,6 +52,19 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     ``path`` is a file, or the bare name of a recipe that comes with mmada (``quickstart``). ``overrides`` are
     ``section.key=value`` with the value in YAML, or ``section=null`` to leave a section out. Raises RecipeError.
     """
+    return recipe_of(load_values(path, overrides))
+
+
+def recipe_of(values: dict[str, Any]) -> Recipe:
+    """The recipe that these values, as they stand in a file, say. Raises RecipeError."""
+    return with_planned_steps(with_preset_stages(values))
+
+
+def load_values(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a recipe's file says, with overrides, before defaults are filled in and types are looked at.
+
+    Raises RecipeError for what cannot be read at all.
+    """
     file = find_recipe(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -55,7 +78,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         )
     for override in overrides:
         apply_override(values, override)
-    return with_planned_steps(with_preset_stages(values))
+    return values
 
 
 def with_preset_stages(values: dict[str, Any]) -> dict[str, Any]:
@@ -137,16 +160,21 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not (dot and section and field):
         guess = sections_of(key)
         raise RecipeError(f"override={override} names no section; write {guess or 'section.key'}={text}")
-    *outer, last = field.split(".")
+    set_key(values, key, parse(text, f"override={override}"))
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``section.key`` in ``values``; behind ``tune.space.`` stands one key, dots and all. Raises RecipeError."""
+    section, *outer, last = key.split(".", 2) if key.startswith(SPACE) else key.split(".")
     target: Any = values
     path = ""
     for name in (section, *outer):
         path = f"{path}.{name}" if path else name
         target = _entered(target, name, path)
     if isinstance(target, list):
-        target[_place_in(target, last, path)] = parse(text, f"override={override}")
+        target[_place_in(target, last, path)] = value
     else:
-        target[last] = parse(text, f"override={override}")
+        target[last] = value
 
 
 def _entered(outer: Any, name: str, path: str) -> Any:

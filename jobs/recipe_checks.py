@@ -65,6 +65,7 @@ CHANGEABLE_ON_RESUME = {
     "ppo.checkpoint_every",
     "ppo.evaluate_every",
     "ppo.table_every",
+    "tune.max_concurrent",
 }
 
 # The types of the model's fields in words.

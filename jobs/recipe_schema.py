@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 from jobs import recipe_yaml
 from jobs.recipe_schema_rl import Positive, PPOSection, RewardSection, Section, TasksSection
 from jobs.recipe_schema_stages import ObjectivesSection, SourceSection, StageSection
+from jobs.recipe_schema_tune import TuneSection
 
 # What ``train.micro_batch`` says where it is to be found.
 AUTO = "auto"
@@ -250,6 +251,7 @@ class Recipe(Section):
     tasks: TasksSection | None = None
     reward: RewardSection | None = None
     ppo: PPOSection | None = None
+    tune: TuneSection | None = None
 
     @property
     def run_dir(self) -> Path:

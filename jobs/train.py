@@ -40,8 +40,13 @@ def run(recipe: Recipe) -> int:
 
     Raises RecipeError, DataError or ClusterError before anything has started.
     """
+    return start(recipe, prepare(recipe))
+
+
+def prepare(recipe: Recipe) -> Callable[[Path], TrainingRun]:
+    """Prepare what a recipe learns from; what makes its driver for a run's folder. Raises as ``run``."""
     objective = prepare_objective(recipe)
-    return start(recipe, lambda run_dir: TrainingRun(recipe, run_dir, objective))
+    return lambda run_dir: TrainingRun(recipe, run_dir, objective)
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -1,0 +1,30 @@
+"""The runs of a sweep in MLflow: sweep, trials, attempts, one below the other."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from cluster.tracking import IDENTITY, quiet_mlflow
+
+
+def end_runs_below(uri: str, experiment: str, identity: str) -> int:
+    """Mark what still counts as running below the run of that identity as killed; how many runs that were.
+
+    For whoever has ended the processes that would have said so themselves. A server that does not answer is left
+    alone: the next start of the same runs puts them right.
+    """
+    mlflow = quiet_mlflow()
+    from mlflow.exceptions import MlflowException
+
+    ended = 0
+    with contextlib.suppress(MlflowException, OSError):
+        client: Any = mlflow.MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            return 0
+        running = f"attributes.status = 'RUNNING' AND tags.`{IDENTITY}` LIKE '{identity}/%'"
+        for run in client.search_runs([found.experiment_id], running, max_results=1000):
+            client.set_terminated(run.info.run_id, "KILLED")
+            ended += 1
+    return ended

@@ -1,0 +1,292 @@
+"""``mmada tune``: the driver of a sweep. Ray Tune decides, trials run, this listens, counts and writes it down."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ClusterError
+from cluster.search import SearchSettings, run_search
+from cluster.session import RaySession
+from cluster.terminal import quiet_terminal
+from cluster.tracking import Tracker
+from cluster.tracking_tree import end_runs_below
+from jobs.driver import shown_path
+from jobs.recipe import RESOLVED_RECIPE, RecipeError
+from jobs.recipe_checks_tune import Search, local_room
+from jobs.tuning.book import BOOK, Book
+from jobs.tuning.results import BEST, TRIALS, figures, write_best, write_trials
+from jobs.tuning.screen import SweepScreen, settings_words
+from jobs.tuning.trial import prepare_verb, run_trial
+
+STATE = "ray"  # Ray Tune's own folder in the sweep's
+
+
+def run(search: Search) -> int:
+    """Run a search that ``jobs.recipe_checks_tune`` has passed; the exit code.
+
+    Raises RecipeError, DataError or ClusterError before anything has started.
+    """
+    run_dir = search.recipe.run_dir.resolve()
+    is_new = not run_dir.exists()
+    # What trials learn from is prepared once, here, where its mistakes are still the user's.
+    from jobs.recipe import recipe_of
+    from jobs.tuning.space import corners
+
+    prepare_verb(search.settings.verb)(recipe_of(search.values_with(next(corners(search.space)))))
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        return Sweep(search, run_dir).run()
+    except BaseException:
+        if is_new and not (run_dir / RESOLVED_RECIPE).exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+class Sweep:
+    """One sweep, seen from the process that the user started. It is the search's listener."""
+
+    def __init__(self, search: Search, run_dir: Path) -> None:
+        self.search, self.run_dir = search, run_dir
+        self.recipe, self.settings = search.recipe, search.settings
+
+    def run(self) -> int:
+        """Search, write what was found; 0 when all trials have ended and one of them well, else 1."""
+        log = self.run_dir / "logs" / "driver.log"
+        search = self.search
+        with (
+            quiet_terminal(log) as terminal,
+            SweepScreen(terminal, search.trials, search.metric, search.mode) as screen,
+        ):
+            self.screen = screen
+            screen.say(f"sweep    {self.run_dir}")
+            keys = ", ".join(search.space)
+            screen.say(f"search   {search.trials} trials ({self._how()}) of {keys}")
+            screen.wait("starting MLflow and Ray …")
+            cluster = self.recipe.cluster
+            with RaySession(
+                cluster.address,
+                workers=cluster.workers * self._at_once(),
+                cpus_per_worker=cluster.cpus_per_worker,
+                gpus_per_worker=cluster.gpus_per_worker,
+                log_dir=self.run_dir / "logs",
+                timeout_s=cluster.start_timeout,
+                **self._extra(),
+            ) as session:
+                self.book = Book(self.run_dir)
+                self.tracker = self._make_tracker()
+                self.run_id = self.tracker.start(self.recipe.sections())
+                (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
+                concurrent = self._concurrent()
+                screen.say(f"trials   {concurrent} at a time, {search.metric} is to be {_extreme(search.mode)}")
+                error: BaseException | None = None
+                try:
+                    self._search(concurrent, session.gcs_address)
+                except (KeyboardInterrupt, ClusterError, SystemExit) as ended:
+                    error = ended
+                except Exception as unexpected:
+                    self._finish(unexpected)
+                    raise
+                if error is None:
+                    return self._finish(None)
+            # Their processes are gone with the session, before they could say so.
+            end_runs_below(self.tracker.uri, self.recipe.tracking.experiment, self.book.identity)
+            return self._finish(error)
+
+    # What the search tells, in its thread.
+
+    def started(self, trial: str, drawn: dict[str, Any]) -> None:
+        """A trial runs."""
+        from jobs.tuning.space import settings_of
+
+        known = self.book.find(trial)
+        before = None if known is None else known.settings
+        entry = self.book.start(trial, settings_of(self.search.space, drawn))
+        if before is not None and before != entry.settings:
+            self.screen.say(
+                f"{entry.name} goes on from a better trial after step {entry.step} with {settings_words(entry)}"
+            )
+        self.screen.refresh(self.book)
+
+    def reported(self, trial: str, report: dict[str, Any]) -> None:
+        """An evaluation, or a trial's last word."""
+        self.book.report(trial, report, self.search.metric)
+        self.screen.refresh(self.book)
+
+    def ended(self, trial: str, error: str | None) -> None:
+        """A trial will not run again."""
+        entry = self.book.end(trial, error)
+        self.screen.ended(self.book, entry)
+        best = self.book.best(self.search.mode)
+        done = len(self.book.with_status("done", "stopped", "failed"))
+        if best is not None and best.value is not None:
+            self.tracker.log(done, {f"best.{self.search.metric}": best.value, "best.trial": best.number})
+        self.tracker.log(done, {"trials.done": len(self.book.with_status("done"))})
+
+    # The pieces.
+
+    def _search(self, concurrent: int, address: str | None) -> None:
+        search, own = self.search, self.settings
+        settings = SearchSettings(
+            metric=search.metric,
+            mode=search.mode,
+            search=own.search,
+            scheduler=own.scheduler,
+            trials=search.trials,
+            concurrent=concurrent,
+            grace_period=search.grace_period,
+            reduction_factor=own.reduction_factor,
+            most_steps=search.most_steps,
+            seed=own.seed,
+        )
+        config = {
+            "sweep": str(self.run_dir),
+            "name": self.recipe.run.name,
+            "values": search.values,
+            "space": {key: section.model_dump(exclude_none=True) for key, section in search.space.items()},
+            "verb": own.verb,
+            "metric": search.metric,
+            "carries": own.scheduler == "pbt",
+            "uri": self.tracker.uri,
+            "experiment": self.recipe.tracking.experiment,
+            "sweep_run": self.run_id,
+            "cwd": os.getcwd(),
+            "address": address,
+            "start_timeout": self.recipe.cluster.start_timeout,
+        }
+        run_search(search.dimensions, settings, run_trial, config, self.run_dir / STATE, self)
+
+    def _make_tracker(self) -> Tracker:
+        own = self.recipe.tracking
+        return Tracker(
+            own.uri,
+            own.experiment,
+            run_dir=self.run_dir,
+            run_name=self.recipe.run.name,
+            identity=self.book.identity,
+            tags={"mmada.kind": "sweep"},
+        )
+
+    def _at_once(self) -> int:
+        """Trials for which the session must have room from the start."""
+        if self.recipe.cluster.address is not None:
+            return 1
+        return min(self.settings.max_concurrent or local_room(self.recipe, self.settings.verb), self.search.trials)
+
+    def _extra(self) -> dict[str, float]:
+        """Of rollout actors, and of the controllers that each further trial has."""
+        own, count = self.recipe.ppo, self._at_once()
+        if self.settings.verb != "ppo" or own is None:
+            return {"extra_cpus": float(count - 1)}
+        return {
+            "extra_cpus": count * own.rollout_workers * own.rollout_cpus + count - 1,
+            "extra_gpus": count * own.rollout_workers * own.rollout_gpus,
+        }
+
+    def _concurrent(self) -> int:
+        """Trials at a time: as told, or as many as there is room for."""
+        most = self.search.trials
+        if self.recipe.cluster.address is None:
+            return self._at_once()
+        import ray
+
+        found = room_for_trials(ray.nodes(), self.recipe, self.settings.verb)
+        asked = self.settings.max_concurrent
+        if asked is not None and asked > found:
+            raise RecipeError(
+                f"tune.max_concurrent={asked} trials at a time do not fit into the cluster, which has room for {found}; "
+                f"use tune.max_concurrent={found}, or add nodes"
+            )
+        return min(most, asked or found)
+
+    def _how(self) -> str:
+        own = self.settings
+        return own.search if own.scheduler == "none" else f"{own.search}, {own.scheduler}"
+
+    def _finish(self, error: BaseException | None) -> int:
+        search, book, say = self.search, self.book, self.screen.say
+        entries = [entry for _, entry in sorted(book.trials.items())]
+        best = book.best(search.mode)
+        is_over = error is None and len(book.with_status("done", "stopped", "failed")) >= search.trials
+        write_trials(self.run_dir / TRIALS, entries, search.metric)
+        if best is not None:
+            write_best(self.run_dir / BEST, search, best)
+        status = "done" if is_over and best is not None else "failed"
+        self._summarise(status, error)
+        for name, figure in figures(search, book).items():
+            self.tracker.figure(name, figure)
+        for name in (RESOLVED_RECIPE, TRIALS, BEST, BOOK):
+            if (self.run_dir / name).exists():
+                self.tracker.artifact(self.run_dir / name)
+        if best is not None:
+            self.tracker.tag({"mmada.best_trial": best.name, "mmada.best_run": best.mlflow_run_id})
+        for problem in self.tracker.finish("stopped" if isinstance(error, KeyboardInterrupt) else status):
+            say(problem)
+        again = f"go on with run.resume=true run.name={self.recipe.run.name}"
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            ended = len(book.with_status("done", "stopped", "failed"))
+            say(f"interrupted with {ended} of {search.trials} trials ended; {again}")
+            raise error
+        if error is not None:
+            say(f"failed: {error}; {again}; logs in {self.run_dir / 'logs'}")
+            return 1
+        if best is None:
+            failed = book.with_status("failed")
+            why = f"; the first failed with: {failed[0].error}" if failed else ""
+            say(f"failed: no trial came to its end{why}; logs in {self.run_dir / 'trials'}")
+            return 1
+        say(f"done     {best.name} is best: {search.metric} {best.value:.4f} with {settings_words(best)}")
+        self._say_what_next()
+        return 0
+
+    def _summarise(self, status: str, error: BaseException | None) -> None:
+        best = self.book.best(self.search.mode)
+        counts = {each: len(self.book.with_status(each)) for each in ("done", "stopped", "failed", "running")}
+        summary = {
+            "status": status,
+            "trials": counts,
+            "metric": self.search.metric,
+            "mode": self.search.mode,
+            "best": None
+            if best is None
+            else {"trial": best.number, "value": best.value, "step": best.step, "settings": best.settings},
+            "mlflow_run_id": self.run_id,
+        }
+        if error is not None:
+            summary["error"] = str(error) or type(error).__name__
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    def _say_what_next(self) -> None:
+        say, uri, bin_dir = self.screen.say, self.tracker.uri, shown_path(Path(sys.executable).parent)
+        ui = f"{bin_dir}/mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        say("next")
+        say(f"  look      {uri if uri.startswith('http') else ui}")
+        say(f"  table     {shown_path(self.run_dir / TRIALS)}")
+        say(f"  train     {bin_dir}/mmada {self.settings.verb} {shlex.quote(shown_path(self.run_dir / BEST))}")
+
+
+def room_for_trials(nodes: list[dict[str, Any]], recipe: Any, verb: str) -> int:
+    """How many trials of a recipe fit at once on these nodes (what ``ray.nodes()`` says), at least one."""
+    from cluster.session import places
+
+    own = recipe.cluster
+    by_workers = places(nodes, own.cpus_per_worker, own.gpus_per_worker) // own.workers
+    if verb != "ppo" or recipe.ppo is None:
+        return max(1, by_workers)
+    extra = {
+        "CPU": recipe.ppo.rollout_workers * recipe.ppo.rollout_cpus,
+        "GPU": recipe.ppo.rollout_workers * recipe.ppo.rollout_gpus,
+    }
+    each = {"CPU": own.workers * own.cpus_per_worker + extra["CPU"], "GPU": own.workers * own.gpus_per_worker}
+    each["GPU"] += extra["GPU"]
+    there = {kind: sum(n["Resources"].get(kind, 0) for n in nodes if n["Alive"]) for kind in each}
+    return max(1, min([by_workers, *(int(there[kind] // each[kind]) for kind in each if each[kind])]))
+
+
+def _extreme(mode: str) -> str:
+    return "least" if mode == "min" else "most"
