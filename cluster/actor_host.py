@@ -29,7 +29,12 @@ class ActorResources:
 
     def options(self) -> dict[str, Any]:
         """As Ray's ``options`` takes them. The pool itself restarts actors and repeats tasks."""
-        chosen = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "max_restarts": 0, "max_task_retries": 0}
+        chosen: dict[str, Any] = {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
         chosen |= {"scheduling_strategy": "DEFAULT"}  # not in the placement group of a trial that this one belongs to
         return chosen | ({"runtime_env": {"env_vars": dict(self.env_vars)}} if self.env_vars else {})
 

@@ -53,8 +53,8 @@ def grid_values(section: DistributionSection) -> list[Any]:
     if kind == "choice":
         return list(section.choice or ())
     if kind == "randint":
-        low, high = section.randint or (0, 0)
-        return list(range(low, high + 1))
+        first, last = section.randint or (0, 0)
+        return list(range(first, last + 1))
     if kind == "quniform":
         low, high, step = section.quniform or (0, 0, 1)
         return [_on_step(low + index * step, step) for index in range(math.floor((high - low) / step + 1e-9) + 1)]

@@ -199,8 +199,8 @@ class Sweep:
         asked = self.settings.max_concurrent
         if asked is not None and asked > found:
             raise RecipeError(
-                f"tune.max_concurrent={asked} trials at a time do not fit into the cluster, which has room for {found}; "
-                f"use tune.max_concurrent={found}, or add nodes"
+                f"tune.max_concurrent={asked} trials at a time do not fit into the cluster, which has room for {found}"
+                f"; use tune.max_concurrent={found}, or add nodes"
             )
         return min(most, asked or found)
 

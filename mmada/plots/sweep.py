@@ -52,7 +52,7 @@ def trial_curves(
     for name, points in curves.items():
         if points:
             is_best = name == best
-            style = {"linewidth": 2.5, "zorder": 3} if is_best else {"linewidth": 1.0, "alpha": 0.8}
+            style: dict[str, Any] = {"linewidth": 2.5, "zorder": 3} if is_best else {"linewidth": 1.0, "alpha": 0.8}
             axes.plot(*zip(*points, strict=True), marker=".", label=f"{name}{' (best)' * is_best}", **style)
     axes.set_xlabel("step")
     axes.set_ylabel(metric)
