@@ -27,6 +27,7 @@ from cluster.errors import ClusterError, Stopped
 REPORT_INTERVAL_S = 2.5
 # A worker group that finds no room within Ray Train's minute is tried this often before the run fails.
 START_ATTEMPTS = 3
+_ABORT_TIMEOUT_S = 30.0
 
 
 class _Forward(UserCallback):
@@ -34,8 +35,12 @@ class _Forward(UserCallback):
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
+        self._is_known = False
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if not self._is_known:
+            self._is_known = True
+            self._queue.put({"kind": "controller", "actor": ray.get_runtime_context().current_actor})
         for report in metrics:
             if report:
                 self._queue.put({"kind": "report", **report})
@@ -131,6 +136,9 @@ def _fit(trainer: TorchTrainer, listener: _Listener) -> None:
     while thread.is_alive():
         thread.join(timeout=0.2)
         if isinstance(listener.failure, Stopped):
+            if listener.controller is not None:  # as Ray Train does at Ctrl-C: workers and their places are given back
+                listener.controller.abort.remote()
+                thread.join(timeout=_ABORT_TIMEOUT_S)
             raise listener.failure
     if raised:
         raise raised[0]
@@ -146,6 +154,7 @@ class _Listener(threading.Thread):
         self._queue, self._on_message, self._on_silence = queue, on_message, on_silence
         self._done = threading.Event()
         self.failure: Exception | None = None
+        self.controller: Any = None  # the actor that leads the workers, once it has been heard of
 
     def close(self) -> None:
         """Hear what is still in the queue, for half a minute at most."""
@@ -164,7 +173,10 @@ class _Listener(threading.Thread):
                 continue
             except ray.exceptions.RayError:
                 return  # Ray itself is going down, and the run with it
-            self._call(self._on_message, message)
+            if message["kind"] == "controller":
+                self.controller = message["actor"]
+            else:
+                self._call(self._on_message, message)
             heard = time.monotonic()
 
     def _call(self, receiver: Callable[[Any], None], what: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import ray
 from ray import tune
 
+from cluster.orphans import remove_orphaned_groups
 from cluster.trial_actor import TrialActor, TrialWork
 
 EXPERIMENT = "tune"
@@ -89,7 +90,7 @@ class SearchListener(Protocol):
     def reported(self, trial: str, report: dict[str, Any]) -> None:
         """An evaluation, or its end (``done``)."""
 
-    def ended(self, trial: str, error: str | None) -> None:
+    def ended(self, trial: str, drawn: dict[str, Any], error: str | None) -> None:
         """It will not run again: done, stopped by the scheduler, or dead (``error``)."""
 
 
@@ -118,13 +119,13 @@ class _Telling(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self.listener:
-            self.listener.ended(trial.trial_id, None)
+            self.listener.ended(trial.trial_id, dict(trial.config), None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self.listener:
             error = getattr(trial, "get_error", lambda: None)()
             lines = [line for line in str(error or "its process died").splitlines() if line.strip()]
-            self.listener.ended(trial.trial_id, lines[-1].strip()[:300])
+            self.listener.ended(trial.trial_id, dict(trial.config), lines[-1].strip()[:300])
 
 
 class SearchStopped(Exception):
@@ -165,7 +166,8 @@ def run_search(
     thread.start()
     try:
         while thread.is_alive():
-            thread.join(timeout=0.2)
+            thread.join(timeout=1.0)
+            remove_orphaned_groups()
     except BaseException:
         stop.set()
         thread.join(timeout=5)

@@ -160,7 +160,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not (dot and section and field):
         guess = sections_of(key)
         raise RecipeError(f"override={override} names no section; write {guess or 'section.key'}={text}")
-    set_key(values, key, parse(text, f"override={override}"))
+    value = parse(text, f"override={override}")
+    if key.startswith(SPACE) and value is None:
+        values.get("tune", {}).get("space", {}).pop(key.removeprefix(SPACE), None)
+        return
+    set_key(values, key, value)
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:

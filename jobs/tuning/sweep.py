@@ -118,8 +118,10 @@ class Sweep:
         self.book.report(trial, report, self.search.metric)
         self.screen.refresh(self.book)
 
-    def ended(self, trial: str, error: str | None) -> None:
-        """A trial will not run again."""
+    def ended(self, trial: str, drawn: dict[str, Any], error: str | None) -> None:
+        """A trial will not run again; one whose process never came up has not even started."""
+        if self.book.find(trial) is None:
+            self.started(trial, drawn)
         entry = self.book.end(trial, error)
         self.screen.ended(self.book, entry)
         best = self.book.best(self.search.mode)
