@@ -20,7 +20,7 @@ from cluster.errors import ClusterError
 from cluster.places import Demand, places
 
 REPOSITORY = Path(__file__).parents[2]
-WAIT_S = 150
+WAIT_S = 100
 HEAD_ID = "f" * 51 + "00000"  # as Ray's provider of machines on this machine calls its head
 
 
@@ -64,12 +64,17 @@ def growing_cluster(tmp_path_factory):
             "gcs_address": f"127.0.0.1:{port}",
             "head_node_id": HEAD_ID,
             "launch_multiple": True,
+            "disable_node_updaters": True,
         },
         "available_node_types": {
             "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
             "machine": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2},
         },
         "head_node_type": "ray.head.default",
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands")},
+        **{name: [] for name in ("setup_commands", "head_setup_commands", "worker_setup_commands")},
+        **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands")},
     }
     config_file = folder / "autoscaling.json"
     config_file.write_text(json.dumps(config))
@@ -146,7 +151,7 @@ print(json.dumps([machines, groups, words, refusal]))
         env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
         capture_output=True,
         text=True,
-        timeout=2 * WAIT_S,
+        timeout=2.5 * WAIT_S,
     )
     assert done.returncode == 0, done.stderr
     machines, groups, words, refusal = json.loads(done.stdout)
