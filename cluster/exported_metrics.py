@@ -4,14 +4,15 @@ Every node of a Ray cluster serves them, the names with ``ray_`` in front and th
 and the dashboard in ``infra/monitoring`` draws them. MLflow is where a run is kept; here one sees what a cluster does.
 
 Ray serves a gauge only for a while after it was set, so that nothing is shown of what has ended. Values that stand
-for longer than that are therefore set again by a thread until ``close``.
+for longer than that are therefore set again by a thread, until the run or sweep ends.
 """
 
 from __future__ import annotations
 
+import collections
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
@@ -39,55 +40,69 @@ STEP_GAUGES = {
     "waiting_seconds": ("mmada_waiting_seconds", "Seconds that learners waited for the newest batch"),
     "publishing_seconds": ("mmada_publishing_seconds", "Seconds until the newest weights were published"),
 }
-# Counters of a run, by the name of the step's metric that is added up.
-STEP_COUNTERS = {
-    "tokens": ("mmada_tokens", "Tokens learned from, those of repeated steps included"),
-    "rewards_failed": ("mmada_rewards_failed", "Rewards that could not be had"),
-    "trajectories_dropped": ("mmada_trajectories_dropped", "Trajectories that no learner got"),
+# Gauges of a run, by the name of the step's metric that is added up.
+STEP_TOTALS = {
+    "rewards_failed": ("mmada_rewards_failed", "Rewards that could not be had, since the driver's start"),
+    "trajectories_dropped": ("mmada_trajectories_dropped", "Trajectories no learner got, since the driver's start"),
 }
 RUN_TAGS = ("run", "verb")
 
 
 class RunMetrics:
-    """The exported metrics of one run. ``close`` ends them; after that they are gone within half a minute.
+    """The exported metrics of one run: a context manager, at whose end they end.
+
+    What happens rarely is a gauge that begins at 0 and not a counter: Ray serves a counter from its first event on, of
+    which Prometheus then sees no increase.
 
     Args:
         run: the run's name.
         verb: what is done, ``train`` or ``ppo``.
+        kinds: of processes whose failures ``failed`` counts.
     """
 
-    def __init__(self, run: str, verb: str) -> None:
+    def __init__(self, run: str, verb: str, kinds: Sequence[str]) -> None:
         self._tags = {"run": run, "verb": verb}
         self._gauges = {key: Gauge(name, words, RUN_TAGS) for key, (name, words) in STEP_GAUGES.items()}
-        self._counters = {key: Counter(name, words, RUN_TAGS) for key, (name, words) in STEP_COUNTERS.items()}
+        self._totals = {key: Gauge(name, words, RUN_TAGS) for key, (name, words) in STEP_TOTALS.items()}
+        self._tokens = Counter("mmada_tokens", "Tokens learned from, those of repeated steps too", RUN_TAGS)
         self._held_out = Gauge("mmada_held_out", "Newest measurement on what was held out", (*RUN_TAGS, "metric"))
-        self._lost = Counter("mmada_lost", "Processes that were lost: learners, actors", (*RUN_TAGS, "kind"))
+        self._failures = Gauge("mmada_failures", "Failures of processes since the driver's start", (*RUN_TAGS, "kind"))
+        self._sums: collections.Counter[str] = collections.Counter()
         self._repeater = _Repeater()
+        for kind in kinds:
+            self._repeater.set(self._failures, 0, {**self._tags, "kind": kind})
+
+    def __enter__(self) -> RunMetrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._repeater.close()
 
     def step(self, row: Mapping[str, float]) -> None:
         """A step's metrics, of which those are exported that stand in the tables of this module."""
         for key, gauge in self._gauges.items():
             if math.isfinite(value := row.get(key, math.nan)):
                 self._repeater.set(gauge, value, self._tags)
-        for key, counter in self._counters.items():
-            if row.get(key, 0) > 0:
-                counter.inc(float(row[key]), self._tags)
+        for key, total in self._totals.items():
+            if key in row:
+                self._sums[key] += row[key]
+                self._repeater.set(total, self._sums[key], self._tags)
+        if row.get("tokens", 0) > 0:
+            self._tokens.inc(float(row["tokens"]), self._tags)
 
     def held_out(self, metric: str, value: float) -> None:
         """A measurement on what was held out, under its own name."""
-        self._repeater.set(self._held_out, value, {**self._tags, "metric": metric})
+        if math.isfinite(value):
+            self._repeater.set(self._held_out, value, {**self._tags, "metric": metric})
 
-    def lost(self, kind: str) -> None:
-        """A process of a kind (``worker``, ``rollout``, ``reward``) has been lost."""
-        self._lost.inc(1.0, {**self._tags, "kind": kind})
-
-    def close(self) -> None:
-        """The run has ended."""
-        self._repeater.close()
+    def failed(self, kind: str) -> None:
+        """A process of this kind has failed, be it for good or until it is replaced."""
+        self._sums[kind] += 1
+        self._repeater.set(self._failures, self._sums[kind], {**self._tags, "kind": kind})
 
 
 class SweepMetrics:
-    """The exported metrics of one sweep. ``close`` ends them; after that they are gone within half a minute.
+    """The exported metrics of one sweep: a context manager, at whose end they end.
 
     Args:
         sweep_name: the sweep's name.
@@ -100,6 +115,12 @@ class SweepMetrics:
         self._best = Gauge("mmada_sweep_best", "Best value that a trial has reached", ("sweep", "metric"))
         self._repeater = _Repeater()
 
+    def __enter__(self) -> SweepMetrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._repeater.close()
+
     def trials(self, *, pending: int = 0, running: int = 0, done: int = 0, stopped: int = 0, failed: int = 0) -> None:
         """How many trials wait, run, have done all their steps, were stopped early, have failed."""
         counts = {"pending": pending, "running": running, "done": done, "stopped": stopped, "failed": failed}
@@ -110,10 +131,6 @@ class SweepMetrics:
         """The best value so far."""
         if math.isfinite(value):
             self._repeater.set(self._best, value, {"sweep": self._sweep, "metric": self._metric})
-
-    def close(self) -> None:
-        """The sweep has ended."""
-        self._repeater.close()
 
 
 class _Repeater(threading.Thread):

@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.checkpoints import CheckpointStore
 from cluster.errors import ClusterError
+from cluster.exported_metrics import RunMetrics
 from cluster.launch import WorkersFailed, run_workers
 from cluster.session import RaySession
 from cluster.terminal import quiet_terminal
@@ -75,6 +76,8 @@ def start(recipe: Recipe, make: Callable[[Path], Driver]) -> int:
 class Driver:
     """One run, seen from the process that the user started. Kinds of runs derive from it."""
 
+    verb = "train"
+    kinds: tuple[str, ...] = ("worker",)  # of processes that may fail
     tracked_metric = "loss"  # one that every step has: what MLflow has it for, it has all of
     steps_key = "train.steps"  # what the user raises to go on
     extra_cpus = 0.0  # of actors beside the workers
@@ -172,7 +175,7 @@ class Driver:
                 run_name=self.recipe.run.name,
                 run_id=self.state.get("mlflow_run_id"),
             )
-            with RaySession(
+            session = RaySession(
                 cluster.address,
                 workers=cluster.workers,
                 cpus_per_worker=cluster.cpus_per_worker,
@@ -184,7 +187,8 @@ class Driver:
                 extra_actors=self.extra_actors,
                 queue_timeout_s=cluster.queue_timeout,
                 on_wait=line.wait,
-            ):
+            )
+            with session, RunMetrics(self.recipe.run.name, self.verb, self.kinds) as self.exported:
                 mlflow_run_id = self.tracker.start(self.recipe.sections())
                 (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
                 self._remember(mlflow_run_id=mlflow_run_id, data=self.fingerprint)
@@ -232,6 +236,7 @@ class Driver:
         if message["kind"] == "failure":
             rank, reason = next(iter(message["errors"].items()))
             self.line.say(f"worker {rank} failed: {reason}")
+            self.exported.failed("worker")
         elif "start" in message:
             for note in message["notes"]:
                 self.line.say(note)
@@ -245,6 +250,7 @@ class Driver:
         else:
             rows = [{**row, **self._take(row)} for row in message["history"]]
             for row in rows:
+                self.exported.step(row)
                 for words in self.before(row):
                     self.line.say(words)
                 if self.stays(row) or row is rows[-1]:

@@ -68,6 +68,8 @@ def _work(config: dict[str, Any]) -> None:
 class PPORun(Driver):
     """The driver's side of reinforcement learning."""
 
+    verb = "ppo"
+    kinds = ("worker", "rollout", "reward")
     tracked_metric = "reward"
     steps_key = "ppo.iterations"
 
@@ -181,6 +183,7 @@ class PPORun(Driver):
     def _tell(self, kind: str, event: PoolEvent) -> None:
         """An actor was lost or replaced."""
         if event.kind in ("died", "hung"):
+            self.exported.failed(kind)
             self.line.say(
                 f"{kind} actor {event.actor} {event.kind} ({event.reason}); {event.lost_seconds:.1f} s of its work lost"
             )
@@ -192,6 +195,7 @@ class PPORun(Driver):
         accuracy = self.accuracy[version]
         self._remember(accuracy=self.accuracy)
         self.tracker.log(version, {"held_out_accuracy": accuracy})
+        self.exported.held_out("held_out_accuracy", accuracy)
         self.line.say(f"held out {accuracy:.1%} of {num_problems} problems solved after iteration {version}")
 
     def _tabulate(self, iteration: int, scored: list[tuple[Trajectory, float]]) -> None:
