@@ -83,8 +83,8 @@ def test_compose_files_are_what_compose_takes(name: str, tmp_path):
             assert source in composed["volumes"] or (file.parent / source).exists(), volume
         for port in service.get("ports", []):  # this machine alone, unless somebody says otherwise
             assert port.startswith(("127.0.0.1:", "${MLFLOW_BIND:-127.0.0.1}:"))
-        text = json.dumps(service)
-        assert not re.search(r"PASSWORD\w*\W+[^\W_]", text.replace("_FILE", "").replace("/run/secrets", "")), text
+        for key, value in service.get("environment", {}).items():  # passwords come as files
+            assert "PASSWORD" not in key or value.startswith("/run/secrets/"), key
     composed["services"][next(iter(services))]["restarts"] = "always"
     bad = tmp_path / "compose.yaml"
     bad.write_text(yaml.safe_dump(composed))
@@ -96,8 +96,8 @@ def test_mlflow_takes_what_the_server_is_started_with():
     text = (INFRA / "mlflow/start.sh").read_text()
     command = text[text.index("exec mlflow server") :]
     known = {option for parameter in mlflow.cli.server.params for option in parameter.opts}
-    assert set(OPTION.findall(command)) == {"--host", "--port", "--workers", "--artifacts-destination", "--allowed-hosts"}
-    assert set(OPTION.findall(command)) <= known
+    given = set(OPTION.findall(command))
+    assert {"--host", "--artifacts-destination", "--allowed-hosts"} <= given <= known
     hosts = yaml.safe_load((INFRA / "mlflow/compose.yaml").read_text())["services"]["mlflow"]["environment"]
     allowed = hosts["MLFLOW_SERVER_ALLOWED_HOSTS"].removeprefix("${MLFLOW_ALLOWED_HOSTS:-").removesuffix("}").split(",")
     assert mlflow_security.is_allowed_host_header(allowed, "localhost:5000")
