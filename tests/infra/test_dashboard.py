@@ -24,7 +24,7 @@ DASHBOARD = json.loads((ROOT / "infra/monitoring/grafana/mmada.json").read_text(
 OWN = "ray_mmada_"
 # The least that reinforcement learning can be: it exports what a run of `mmada train` does, and more.
 SMALL = """
-    cluster.workers=1 cluster.expert_parallel=1 ppo.rollout_workers=1 ppo.reward_workers=1 ppo.iterations=3
+    cluster.workers=1 cluster.expert_parallel=1 ppo.rollout_workers=1 ppo.reward_workers=1 ppo.iterations=2
     ppo.prompts_per_iteration=4 ppo.minibatch=4 ppo.checkpoint_every=0 ppo.table_every=0 run.name=watched
 """
 
