@@ -13,7 +13,6 @@ import collections
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
@@ -87,8 +86,7 @@ class RunMetrics:
             if key in row:
                 self._sums[key] += row[key]
                 self._repeater.set(total, self._sums[key], self._tags)
-        if row.get("tokens", 0) > 0:
-            self._tokens.inc(float(row["tokens"]), self._tags)
+        self._repeater.add(self._tokens, row.get("tokens", 0), self._tags)
 
     def held_out(self, metric: str, value: float) -> None:
         """A measurement on what was held out, under its own name."""
@@ -134,28 +132,34 @@ class SweepMetrics:
 
 
 class _Repeater(threading.Thread):
-    """Keeps what gauges were set to last and sets them to it again."""
+    """Keeps what gauges were set to last and sets them to it again. Once it is closed, nothing reaches Ray any more:
+    a thread that is still at work may not touch what ``ray.shutdown`` takes away."""
 
     def __init__(self) -> None:
         super().__init__(name="mmada-exported-metrics", daemon=True)
-        self._values: dict[tuple[Any, ...], tuple[Gauge, float, dict[str, str]]] = {}
+        self._values: dict[tuple[str, ...], tuple[Gauge, float, dict[str, str]]] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self.start()
 
     def set(self, gauge: Gauge, value: float, tags: dict[str, str]) -> None:
-        key = (gauge.info["name"], *sorted(tags.items()))
         with self._lock:
-            self._values[key] = (gauge, float(value), tags)
-        gauge.set(float(value), tags)
+            if not self._closed.is_set():
+                self._values[gauge.info["name"], *tags.values()] = (gauge, float(value), tags)
+                gauge.set(float(value), tags)
+
+    def add(self, counter: Counter, value: float, tags: dict[str, str]) -> None:
+        with self._lock:
+            if value > 0 and not self._closed.is_set():
+                counter.inc(float(value), tags)
 
     def run(self) -> None:
         while not self._closed.wait(REPEAT_S):
             with self._lock:
-                values = list(self._values.values())
-            for gauge, value, tags in values:
-                gauge.set(value, tags)
+                for gauge, value, tags in [] if self._closed.is_set() else self._values.values():
+                    gauge.set(value, tags)
 
     def close(self) -> None:
-        self._closed.set()
+        with self._lock:
+            self._closed.set()
         self.join(timeout=REPEAT_S)
