@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster.checkpoints import CheckpointStore
 from cluster.errors import ClusterError, Stopped
+from cluster.exported_metrics import RunMetrics
 from cluster.launch import WorkersFailed, run_workers
 from cluster.session import RaySession
 from cluster.terminal import quiet_terminal
@@ -88,10 +89,13 @@ def start(recipe: Recipe, make: Callable[[Path], Driver]) -> int:
 class Driver:
     """One run, seen from the process that the user started. Kinds of runs derive from it."""
 
+    verb = "train"
+    kinds: tuple[str, ...] = ("worker",)  # of processes that may fail
     tracked_metric = "loss"  # one that every step has: what MLflow has it for, it has all of
     steps_key = "train.steps"  # what the user raises to go on
     extra_cpus = 0.0  # of actors beside the workers
     extra_gpus = 0.0
+    extra_actors = 1
     tracked_as: TrackedAs | None = None  # None: a run of its own
     listener: Callable[[dict[str, Any]], None] | None = None  # hears of every step and evaluation
     stop: threading.Event | None = None  # set from outside: come to an orderly end before the last step
@@ -181,7 +185,7 @@ class Driver:
             line.wait("starting MLflow and Ray …")
             cluster = self.recipe.cluster
             self.tracker = self._make_tracker()
-            with RaySession(
+            session = RaySession(
                 cluster.address,
                 workers=cluster.workers,
                 cpus_per_worker=cluster.cpus_per_worker,
@@ -190,7 +194,11 @@ class Driver:
                 timeout_s=cluster.start_timeout,
                 extra_cpus=self.extra_cpus,
                 extra_gpus=self.extra_gpus,
-            ):
+                extra_actors=self.extra_actors,
+                queue_timeout_s=cluster.queue_timeout,
+                on_wait=line.wait,
+            )
+            with session, RunMetrics(self.recipe.run.name, self.verb, self.kinds) as self.exported:
                 mlflow_run_id = self.tracker.start(self.recipe.sections())
                 (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
                 self._remember(mlflow_run_id=mlflow_run_id, data=self.fingerprint)
@@ -260,6 +268,7 @@ class Driver:
         if message["kind"] == "failure":
             rank, reason = next(iter(message["errors"].items()))
             self.line.say(f"worker {rank} failed: {reason}")
+            self.exported.failed("worker")
         elif "start" in message:
             for note in message["notes"]:
                 self.line.say(note)
@@ -273,6 +282,7 @@ class Driver:
         else:
             rows = [{**row, **self._take(row)} for row in message["history"]]
             for row in rows:
+                self.exported.step(row)
                 for words in self.before(row):
                     self.line.say(words)
                 if self.stays(row) or row is rows[-1]:

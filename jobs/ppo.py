@@ -73,6 +73,8 @@ def _work(config: dict[str, Any]) -> None:
 class PPORun(Driver):
     """The driver's side of reinforcement learning."""
 
+    verb = "ppo"
+    kinds = ("worker", "rollout", "reward")
     tracked_metric = "reward"
     steps_key = "ppo.iterations"
 
@@ -81,6 +83,7 @@ class PPORun(Driver):
         self.settings, self.tasks = recipe.ppo, tasks
         self.extra_cpus = recipe.ppo.rollout_workers * recipe.ppo.rollout_cpus
         self.extra_gpus = recipe.ppo.rollout_workers * recipe.ppo.rollout_gpus
+        self.extra_actors = recipe.ppo.rollout_workers
         self.replaced = 0
         super().__init__(recipe, run_dir, tasks.fingerprint, f"tasks.family={recipe.tasks.family}")
         self.accuracy: dict[int, float] = {int(k): v for k, v in self.state.get("accuracy", {}).items()}
@@ -185,6 +188,7 @@ class PPORun(Driver):
     def _tell(self, kind: str, event: PoolEvent) -> None:
         """An actor was lost or replaced."""
         if event.kind in ("died", "hung"):
+            self.exported.failed(kind)
             self.line.say(
                 f"{kind} actor {event.actor} {event.kind} ({event.reason}); {event.lost_seconds:.1f} s of its work lost"
             )
@@ -196,6 +200,7 @@ class PPORun(Driver):
         accuracy = self.accuracy[version]
         self._remember(accuracy=self.accuracy)
         self.tracker.log(version, {"held_out_accuracy": accuracy})
+        self.exported.held_out("held_out_accuracy", accuracy)
         if self.listener is not None:
             self.listener({"step": version, "held_out_accuracy": accuracy})
         self.line.say(f"held out {accuracy:.1%} of {num_problems} problems solved after iteration {version}")

@@ -110,7 +110,9 @@ class TrainingRun(Driver):
         return [opening(self.recipe.train, span) for span in self.spans() if span.number == self._stage]
 
     def heard(self, row: dict[str, Any]) -> None:
-        """MLflow is told by a tag where a stage begins."""
+        """MLflow is told by a tag where a stage begins, Prometheus what was held out."""
+        if (metric := self.objective.held_out_metric) in row:
+            self.exported.held_out(metric, row[metric])
         curve = self.record.curves.get("stage", {})
         if "stage" in row and curve.get(row["step"] - 1) != row["stage"]:
             (span,) = [span for span in self.spans() if span.number == row["stage"]]
