@@ -99,33 +99,39 @@ class _Telling(tune.Callback):
 
     def __init__(self, listener: SearchListener | None = None, stop: threading.Event | None = None) -> None:
         self.listener, self.stop = listener, stop
+        self.failure: Exception | None = None  # of the listener: Tune itself logs most of them and goes on
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"listener": None, "stop": None}
+        return {"listener": None, "stop": None, "failure": None}
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.stop is not None and self.stop.is_set():
             raise SearchStopped("the search was told to stop")
+        if self.failure is not None:
+            raise self.failure
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.listener:
-            self.listener.started(trial.trial_id, dict(trial.config))
+        self._tell("started", trial.trial_id, dict(trial.config))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if self.listener:
-            self.listener.reported(trial.trial_id, result)
+        self._tell("reported", trial.trial_id, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.listener:
-            self.listener.ended(trial.trial_id, dict(trial.config), None)
+        self._tell("ended", trial.trial_id, dict(trial.config), None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.listener:
-            error = getattr(trial, "get_error", lambda: None)()
-            lines = [line for line in str(error or "its process died").splitlines() if line.strip()]
-            self.listener.ended(trial.trial_id, dict(trial.config), lines[-1].strip()[:300])
+        error = getattr(trial, "get_error", lambda: None)()
+        lines = [line for line in str(error or "its process died").splitlines() if line.strip()]
+        self._tell("ended", trial.trial_id, dict(trial.config), lines[-1].strip()[:300])
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        try:
+            if self.listener is not None:
+                getattr(self.listener, what)(*arguments)
+        except Exception as error:
+            self.failure = self.failure or error
 
 
 class SearchStopped(Exception):

@@ -7,6 +7,7 @@ a number, which stays, and all that was measured of it.
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -71,7 +72,7 @@ class Book:
         """The trial runs, for the first time or again. Settings that have changed are another trial's, taken over."""
         entry = self.find(tune_id) or self._orphan(settings)
         if entry is None:
-            entry = TrialEntry(len(self.trials) + 1, tune_id, settings)
+            entry = TrialEntry(self._new_number(tune_id), tune_id, settings)
             self.trials[entry.number] = entry
         if entry.settings != settings:
             entry.earlier.append({"until": entry.step, "settings": entry.settings})
@@ -132,6 +133,12 @@ class Book:
         entry = self.find(tune_id)
         assert entry is not None, f"{tune_id} reports before it has started"
         return entry.number
+
+    def _new_number(self, tune_id: str) -> int:
+        """The place in which Tune drew it, so that the same seed gives the same numbers; else the next one."""
+        place = re.search(r"_(\d{5})$", tune_id)
+        number = int(place[1]) + 1 if place else 0
+        return number if number and number not in self.trials else max(self.trials, default=0) + 1
 
     def _orphan(self, settings: dict[str, Any]) -> TrialEntry | None:
         """One that an earlier driver had started and Tune, which was killed before it wrote that down, draws anew."""

@@ -21,10 +21,11 @@ from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker, flatten
 from cluster.trial_actor import Channel
 from jobs.driver import Driver, TrackedAs
+from jobs.progress import read_metrics
 from jobs.recipe import RESOLVED_RECIPE, Recipe, recipe_of
 from jobs.recipe_checks_tune import with_settings
 from jobs.recipe_schema_tune import DistributionSection
-from jobs.tuning.book import read_book, trial_name
+from jobs.tuning.book import TrialEntry, read_book, trial_name
 from jobs.tuning.space import settings_of
 
 ORIGIN = "origin.json"  # in an attempt's folder: what it began from and with
@@ -43,22 +44,23 @@ def run_trial(drawn: dict[str, Any], config: dict[str, Any], channel: Channel) -
     sys.path[:0] = [config["cwd"]] if config["cwd"] not in sys.path else []
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config["start_timeout"])
     identity, trials = read_book(Path(config["sweep"]))
-    (number,) = [number for number, entry in trials.items() if entry.tune_id == channel.trial]
-    return _Trial(number, identity, drawn, config, channel).run()
+    (entry,) = [entry for entry in trials.values() if entry.tune_id == channel.trial]
+    return _Trial(entry, identity, drawn, config, channel).run()
 
 
 class _Trial:
     """The newest attempt of a trial, run to its end or until it is told to stop."""
 
     def __init__(
-        self, number: int, identity: str, drawn: Mapping[str, Any], config: dict[str, Any], channel: Channel
+        self, entry: TrialEntry, identity: str, drawn: Mapping[str, Any], config: dict[str, Any], channel: Channel
     ) -> None:
         space = {key: DistributionSection.model_validate(value) for key, value in config["space"].items()}
         self.settings = settings_of(space, drawn)
-        self.number, self.identity, self.config, self.channel = number, identity, config, channel
+        self.number, self.identity, self.config, self.channel = entry.number, identity, config, channel
         self.sweep, self.metric = Path(config["sweep"]), config["metric"]
-        self.folder = self.sweep / "trials" / trial_name(number)
+        self.folder = self.sweep / "trials" / entry.name
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.known = entry.step  # Tune has heard of all up to there
         self.reported = -1
 
     def run(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class _Trial:
                 tags={"mmada.kind": "attempt", "mmada.sweep": self.config["name"], "mmada.trial": self.number},
             )
             driver.listener, driver.stop = self._heard, self.channel.stop
+            self._tell_again(recipe.run_dir)
             try:
                 driver.run()
             except KeyboardInterrupt:
@@ -104,13 +107,23 @@ class _Trial:
         if step < self._steps:  # the last comes with the end
             self.channel.report({"step": step, self.metric: value, "mlflow_run_id": self.tracker.run_id})
 
+    def _tell_again(self, run_dir: Path) -> None:
+        """Evaluations of an earlier start that Tune has not heard of: the process ended with them in hand."""
+        for row in read_metrics(run_dir, up_to=self.channel.restored["step"] if self._is_takeover else sys.maxsize):
+            if row["step"] > self.known:
+                self._heard(row)
+
     def _carry(self, checkpoint: Path, step: int) -> None:
         """Keep a checkpoint (its files, not copies of them) for a trial that goes on from here."""
         kept = self.folder / CARRIED / checkpoint.name
         if not kept.exists():
             aside = kept.with_suffix(".aside")
             shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(checkpoint, aside, copy_function=_link)
+            try:
+                shutil.copytree(checkpoint, aside, copy_function=_link)
+            except (FileNotFoundError, shutil.Error):  # steps so fast that newer ones have replaced it already
+                shutil.rmtree(aside, ignore_errors=True)
+                return
             aside.rename(kept)
         self.channel.pointer = {"trial": self.number, "step": step, "checkpoint": str(kept)}
         for old in sorted(kept.parent.glob("step-*"))[:-KEPT_CARRIED]:

@@ -28,7 +28,10 @@ WRONG = [
     (["tune.space.train.*.steps={randint: [1, 5]}"], "holds a *, which is for the names of a simplex"),
     (["tune.space.run.name={choice: [a, b]}"], "tune.space.run.name cannot be searched"),
     (["tune.space.cluster.workers={choice: [1, 2]}"], "tune.space.cluster.workers cannot be searched"),
-    (["tune.space.trian.steps={randint: [1, 5]}"], "tune.space.trian.steps is no section.key of a recipe; did you mean"),
+    (
+        ["tune.space.trian.steps={randint: [1, 5]}"],
+        "tune.space.trian.steps is no section.key of a recipe; did you mean",
+    ),
     (["tune.space.train.lerning_rate={uniform: [0.1, 1]}"], "tune.space allows what no run can be: train.lerning_rate"),
     (["tune.space.train.steps={randint: [0, 5]}"], "tune.space allows what no run can be: train.steps=0"),
     (["tune.space.train.global_batch={choice: [8, 7]}", "cluster.workers=2"], "tune.space allows what no run can be"),

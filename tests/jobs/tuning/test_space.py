@@ -35,7 +35,12 @@ def test_settings_have_the_types_that_a_recipe_wants() -> None:
         "train.warmup_steps": section(randint=[0, 5]),
         "train.weight_decay": section(quniform=[0.0, 0.5, 0.05]),
     }
-    drawn = {"train.steps": 30.0, "train.learning_rate": 3e-3, "train.warmup_steps": 4, "train.weight_decay": 0.15000001}
+    drawn = {
+        "train.steps": 30.0,
+        "train.learning_rate": 3e-3,
+        "train.warmup_steps": 4,
+        "train.weight_decay": 0.15000001,
+    }
     found = settings_of(space, drawn)
     assert found == {
         "train.steps": 30,
