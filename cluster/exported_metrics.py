@@ -66,7 +66,7 @@ class RunMetrics:
         self._tokens = Counter("mmada_tokens", "Tokens learned from, those of repeated steps too", RUN_TAGS)
         self._held_out = Gauge("mmada_held_out", "Newest measurement on what was held out", (*RUN_TAGS, "metric"))
         self._failures = Gauge("mmada_failures", "Failures of processes since the driver's start", (*RUN_TAGS, "kind"))
-        self._sums: collections.Counter[str] = collections.Counter()
+        self._sums: dict[str, float] = collections.defaultdict(float)
         self._repeater = _Repeater()
         for kind in kinds:
             self._repeater.set(self._failures, 0, {**self._tags, "kind": kind})
