@@ -202,6 +202,10 @@ class ClusterSection(Section):
     start_timeout: Annotated[float, Field(gt=0)] = 120.0
     """Seconds to wait for the cluster and its workers."""
 
+    queue_timeout: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds to wait for room on the cluster of ``address``: for machines that its autoscaler brings, or that other
+    runs give back; 0 refuses a run that does not fit on what is there."""
+
 
 class TrackingSection(Section):
     """Where MLflow keeps what a run reports."""
