@@ -166,10 +166,6 @@ class RayJobs:
         """Ask a job to end; it has the time of its RAY_JOB_STOP_WAIT_TIME_S for it."""
         self._ask("POST", f"/api/jobs/{job_id}/stop")
 
-    def delete(self, job_id: str) -> None:
-        """Take a job that has ended off the list."""
-        self._ask("DELETE", f"/api/jobs/{job_id}")
-
     def wait(self, job_id: str, timeout_s: float) -> Job:
         """Wait for a job's end; it as it then is, ended or not."""
         deadline = time.monotonic() + timeout_s

@@ -14,6 +14,8 @@ from cluster.ray_jobs import RayJobs
 # The folder that relative paths of a submitted recipe are taken from, where the cluster's own environment names one.
 STORAGE_VARIABLE, STORAGE_DEFAULT = "MMADA_STORAGE", "~/mmada"
 TIMEOUT_SECONDS = 180.0
+# What such jobs are called. They stay on Ray's list: one that is deleted as soon as it has ended comes back as failed.
+LOOK = "mmada-look-"
 
 # The interpreter that Ray runs with, found by the library that Ray's own process has loaded: a cluster that was started
 # as .venv/bin/ray has another python on its PATH, or none.
@@ -59,7 +61,7 @@ def look_inside(jobs: RayJobs, names: Iterable[str], folder: str | None) -> Insi
     Raises ClusterError for a Python that is too old and a folder that cannot be written to.
     """
     asked = {"names": list(names), "folder": folder, "variable": STORAGE_VARIABLE, "default": STORAGE_DEFAULT}
-    job_id = f"mmada-look-{uuid.uuid4().hex[:8]}"
+    job_id = f"{LOOK}{uuid.uuid4().hex[:8]}"
     jobs.submit(job_id, f"{PYTHON} -c {shlex.quote(QUESTION)} {shlex.quote(json.dumps(asked))}")
     job = jobs.wait(job_id, TIMEOUT_SECONDS)
     if job.status != "SUCCEEDED":
@@ -67,7 +69,6 @@ def look_inside(jobs: RayJobs, names: Iterable[str], folder: str | None) -> Insi
         jobs.stop(job_id)
         raise ClusterError(f"address={jobs.address} runs no job ({reason[:300]}); see 'ray status' and its logs there")
     said = json.loads(jobs.logs(job_id).strip().splitlines()[-1])
-    jobs.delete(job_id)
     if said["version"] < [3, 11]:
         raise ClusterError(
             f"address={jobs.address} runs Python {'.'.join(map(str, said['version']))}, and mmada needs 3.11 or newer; "

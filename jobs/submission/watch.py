@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 
 from cluster.errors import ClusterError
 from cluster.ray_jobs import ConnectionLost, Job, RayJobs
+from jobs.submission.look import LOOK
 from jobs.wording import closest
 
 STOP_TIMEOUT_SECONDS = 90.0
@@ -28,7 +29,7 @@ def list_jobs(address: str | None) -> int:
     """Print the jobs that the cluster remembers, the newest first."""
     jobs = RayJobs(address)
     rows = [("job", "status", "started", "took", "what")]
-    rows += [(job.id, _status(job), _started(job), _took(job), _what(job)) for job in jobs.jobs()]
+    rows += [(job.id, _status(job), _started(job), _took(job), _what(job)) for job in jobs.jobs() if not job.id.startswith(LOOK)]
     if len(rows) == 1:
         print(f"no jobs at {jobs.address}")
         return 0
