@@ -40,7 +40,9 @@ def access_token(address: str) -> AccessToken | None:
             value = Path(path).expanduser().read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
-            raise ClusterError(f"RAY_AUTH_TOKEN_PATH={path} cannot be read ({reason}); name the token's file") from error
+            raise ClusterError(
+                f"RAY_AUTH_TOKEN_PATH={path} cannot be read ({reason}); name the token's file"
+            ) from error
         if not value:
             raise ClusterError(f"RAY_AUTH_TOKEN_PATH={path} is empty; name the file that holds the token")
         return AccessToken(value, f"RAY_AUTH_TOKEN_PATH={path}")

@@ -85,15 +85,19 @@ def run(order: Order, known_verbs: Iterable[str]) -> int:
     verb = _verb(order.verb, known_verbs)
     for override in order.overrides:
         if override.startswith("cluster.address="):
-            raise RecipeError(f"{override} has no part in a submitted run, which joins the cluster of --address; drop it")
+            raise RecipeError(
+                f"{override} has no part in a submitted run, which joins the cluster of --address; drop it"
+            )
     file = find_recipe(order.target) if verb.takes_recipe else None
     recipe = load_recipe(file, [*order.overrides, JOINS_ITS_CLUSTER]) if file is not None else None
     jobs = RayJobs(order.address)
     jobs.version()
     if recipe is not None:
-        for note in [*check_recipe(recipe, verb.check), *not_sent(recipe, order.files)]:
+        there = check_room(recipe, jobs.nodes(), jobs)
+        notes = [*check_recipe(recipe, verb.check), *not_sent(recipe, order.files)]
+        say("cluster", there)
+        for note in notes:
             say("note", note)
-        say("cluster", check_room(recipe, jobs.nodes(), jobs))
     package = make_package(file, order.files)
     job_id = submit(jobs, order, verb, recipe, file, package)
     if order.is_detached:
@@ -110,7 +114,10 @@ def submit(
     inside = look_inside(jobs, wanted, order.folder)
     pins = needed_pins(inside.versions, wanted, jobs.address)
     uri = jobs.upload(package.content, package.name)
-    say("sent", f"{package.num_files} files, {package.size}" + (f"; to install there: {', '.join(pins)}" if pins else ""))
+    say(
+        "sent",
+        f"{package.num_files} files, {package.size}" + (f"; to install there: {', '.join(pins)}" if pins else ""),
+    )
     name = recipe.run.name if recipe is not None else order.verb
     job_id = f"mmada-{name}-{uuid.uuid4().hex[:6]}"
     command = [order.verb, file.name if file is not None else order.target, *order.overrides]
@@ -127,7 +134,10 @@ def submit(
     )
     say("job", f"{job_id}, in {inside.folder} on the cluster")
     if recipe is not None:
-        say("run", f"{recipe.run_dir} there" if recipe.run_dir.is_absolute() else f"{inside.folder}/{recipe.run_dir} there")
+        say(
+            "run",
+            f"{recipe.run_dir} there" if recipe.run_dir.is_absolute() else f"{inside.folder}/{recipe.run_dir} there",
+        )
     return job_id
 
 

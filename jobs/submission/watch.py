@@ -29,7 +29,11 @@ def list_jobs(address: str | None) -> int:
     """Print the jobs that the cluster remembers, the newest first."""
     jobs = RayJobs(address)
     rows = [("job", "status", "started", "took", "what")]
-    rows += [(job.id, _status(job), _started(job), _took(job), _what(job)) for job in jobs.jobs() if not job.id.startswith(LOOK)]
+    rows += [
+        (job.id, _status(job), _started(job), _took(job), _what(job))
+        for job in jobs.jobs()
+        if not job.id.startswith(LOOK)
+    ]
     if len(rows) == 1:
         print(f"no jobs at {jobs.address}")
         return 0

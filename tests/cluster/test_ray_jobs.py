@@ -193,7 +193,9 @@ def test_jobs_are_followed_to_their_own_exit_code_and_last_lines(head, token):
     # What ends a run well takes a while: a job may be given longer than Ray's three seconds.
     patient = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
     jobs.submit(
-        endless, "trap 'sleep 5; echo ended well; exit 0' TERM; echo up; while :; do sleep 0.1; done", runtime_env=patient
+        endless,
+        "trap 'sleep 5; echo ended well; exit 0' TERM; echo up; while :; do sleep 0.1; done",
+        runtime_env=patient,
     )
 
     text: list[str] = []
