@@ -35,7 +35,7 @@ class ConnectionLost(ClusterError):
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job. ``started`` and ``ended`` are seconds since 1970; ``exit_code`` is its command's, where known."""
+    """A submitted job. ``started`` and ``ended`` are seconds since 1970; ``exit_code`` is that of its command."""
 
     id: str
     status: str

@@ -32,8 +32,8 @@ for name in asked["names"]:
         versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         versions[name] = None
-path = os.path.expanduser(asked["folder"] or os.environ.get(asked["variable"]) or asked["default"])
-path, refusal = os.path.abspath(path), ""
+named = asked["folder"] or os.environ.get(asked["variable"])
+path, refusal = os.path.abspath(os.path.expanduser(named or asked["default"])), ""
 try:
     os.makedirs(path, exist_ok=True)
     probe = pathlib.Path(path, f".mmada-{os.getpid()}")
@@ -42,17 +42,21 @@ try:
 except OSError as error:
     refusal = error.strerror or str(error)
 print(json.dumps({"python": sys.executable, "version": list(sys.version_info[:2]), "versions": versions,
-                  "folder": path, "refusal": refusal}))
+                  "folder": path, "at_home": not named, "refusal": refusal}))
 """
 
 
 @dataclass(frozen=True)
 class Inside:
-    """What a cluster looks like from its head. ``versions``: of the packages asked for, None for one that is missing."""
+    """What a cluster looks like from its head. ``versions``: of the packages asked for, None for a missing one.
+
+    ``is_at_home``: nobody has named ``folder``, and it is in the home of the head's user.
+    """
 
     python: str
     folder: str
     versions: dict[str, str | None]
+    is_at_home: bool = False
 
 
 def look_inside(jobs: RayJobs, names: Iterable[str], folder: str | None) -> Inside:
@@ -79,4 +83,4 @@ def look_inside(jobs: RayJobs, names: Iterable[str], folder: str | None) -> Insi
             f"--folder={said['folder']} cannot be written to on the cluster ({said['refusal']}); name a folder on its "
             f"storage, or set {STORAGE_VARIABLE} there"
         )
-    return Inside(said["python"], said["folder"], said["versions"])
+    return Inside(said["python"], said["folder"], said["versions"], said["at_home"])

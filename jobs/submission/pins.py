@@ -30,7 +30,8 @@ def requirements(with_tasks: bool, root: Path = ROOT) -> dict[str, Requirement]:
 
 def pins(names: list[str], root: Path = ROOT) -> dict[str, str]:
     """The version of each package that this checkout is tested with, or that is installed here; some have none."""
-    file, found = root / "constraints.txt", {}
+    file = root / "constraints.txt"
+    found: dict[str, str] = {}
     for line in file.read_text().splitlines() if file.is_file() else ():
         name, equals, pinned = line.partition("==")
         if equals:

@@ -32,8 +32,8 @@ def plan_at(recipe: Recipe, jobs: RayJobs, nodes: list[dict]) -> Plan:
         warnings.append(f"not checked, as it is not on this machine: {', '.join(elsewhere)}")
         if recipe.model.entropy_model is not None:
             raise RecipeError(
-                f"model.entropy_model={recipe.model.entropy_model} is not on this machine, and the model's size follows "
-                "from it; bring a copy here, or submit without a plan"
+                f"model.entropy_model={recipe.model.entropy_model} is not on this machine, and the model's size "
+                "follows from it; bring a copy here, or submit without a plan"
             )
     else:
         check(recipe)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cluster.ray_jobs import RayJobs
 from jobs.recipe import Recipe, RecipeError, find_recipe, load_recipe
-from jobs.submission.look import Inside, look_inside
+from jobs.submission.look import STORAGE_VARIABLE, Inside, look_inside
 from jobs.submission.package import Package, make_package
 from jobs.submission.pins import needed_pins, requirements
 from jobs.submission.room import check_room, files_elsewhere, relative_files
@@ -84,9 +84,9 @@ def run(order: Order, known_verbs: Iterable[str]) -> int:
     """
     verb = _verb(order.verb, known_verbs)
     for override in order.overrides:
-        if override.startswith("cluster.address="):
+        if override.startswith("cluster.address=") and override != JOINS_ITS_CLUSTER:
             raise RecipeError(
-                f"{override} has no part in a submitted run, which joins the cluster of --address; drop it"
+                f"{override} has no part in a submitted run, which joins the cluster of --address; leave it out"
             )
     file = find_recipe(order.target) if verb.takes_recipe else None
     recipe = load_recipe(file, [*order.overrides, JOINS_ITS_CLUSTER]) if file is not None else None
@@ -114,10 +114,8 @@ def submit(
     inside = look_inside(jobs, wanted, order.folder)
     pins = needed_pins(inside.versions, wanted, jobs.address)
     uri = jobs.upload(package.content, package.name)
-    say(
-        "sent",
-        f"{package.num_files} files, {package.size}" + (f"; to install there: {', '.join(pins)}" if pins else ""),
-    )
+    installed = f"; to install there: {', '.join(pins)}" if pins else ""
+    say("sent", f"{package.num_files} files, {package.size}{installed}")
     name = recipe.run.name if recipe is not None else order.verb
     job_id = f"mmada-{name}-{uuid.uuid4().hex[:6]}"
     command = [order.verb, file.name if file is not None else order.target, *order.overrides]
@@ -134,10 +132,12 @@ def submit(
     )
     say("job", f"{job_id}, in {inside.folder} on the cluster")
     if recipe is not None:
-        say(
-            "run",
-            f"{recipe.run_dir} there" if recipe.run_dir.is_absolute() else f"{inside.folder}/{recipe.run_dir} there",
-        )
+        say("run", f"{Path(inside.folder) / recipe.run_dir} there")
+        if inside.is_at_home and not recipe.run_dir.is_absolute():
+            say(
+                "note",
+                f"that is its head's own disk, as it seems: --folder, or {STORAGE_VARIABLE} there, names storage",
+            )
     return job_id
 
 

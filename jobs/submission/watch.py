@@ -29,11 +29,8 @@ def list_jobs(address: str | None) -> int:
     """Print the jobs that the cluster remembers, the newest first."""
     jobs = RayJobs(address)
     rows = [("job", "status", "started", "took", "what")]
-    rows += [
-        (job.id, _status(job), _started(job), _took(job), _what(job))
-        for job in jobs.jobs()
-        if not job.id.startswith(LOOK)
-    ]
+    shown = [job for job in jobs.jobs() if not job.id.startswith(LOOK)]
+    rows += [(job.id, _status(job), _started(job), _took(job), _what(job)) for job in shown]
     if len(rows) == 1:
         print(f"no jobs at {jobs.address}")
         return 0
@@ -65,7 +62,8 @@ def stop(address: str | None, job_id: str) -> int:
     job = jobs.wait(job.id, STOP_TIMEOUT_SECONDS)
     if not job.has_ended:
         raise ClusterError(
-            f"job={job.id} has not ended within {STOP_TIMEOUT_SECONDS:g} s; see {pick_up(job.id, address, follow=False)}"
+            f"job={job.id} has not ended within {STOP_TIMEOUT_SECONDS:g} s; look at "
+            f"{pick_up(job.id, address, follow=False)}"
         )
     say("job", f"{job.id} {_status(job)} after {_took(job)}; a run of train, ppo or tune goes on with run.resume=true")
     return 0

@@ -191,12 +191,9 @@ def test_jobs_are_followed_to_their_own_exit_code_and_last_lines(head, token):
     jobs.submit(failed, "seq 1 3000; echo 'the reason' >&2; exit 7")
     jobs.submit(killed, "kill -KILL $$")
     # What ends a run well takes a while: a job may be given longer than Ray's three seconds.
+    ending = "trap 'sleep 4; echo ended well; exit 0' TERM; echo up; while :; do sleep 0.1; done"
     patient = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
-    jobs.submit(
-        endless,
-        "trap 'sleep 5; echo ended well; exit 0' TERM; echo up; while :; do sleep 0.1; done",
-        runtime_env=patient,
-    )
+    jobs.submit(endless, ending, runtime_env=patient)
 
     text: list[str] = []
     assert jobs.follow(done, text.append).code == 0
@@ -229,7 +226,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_was_and_ends_no_job(head,
     line = Line(int(head[0].rpartition(":")[2]))
     near, far = RayJobs(line.address), RayJobs(head[0])
     job_id = f"counts-{uuid.uuid4().hex[:6]}"
-    far.submit(job_id, "for i in $(seq 1 40); do echo number $i; sleep 0.2; done; exit 3")
+    far.submit(job_id, "for i in $(seq 1 20); do echo number $i; sleep 0.2; done; exit 3")
     text: list[str] = []
 
     def write(new: str) -> None:
@@ -240,7 +237,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_was_and_ends_no_job(head,
 
     job = near.follow(job_id, write)
     assert job.code == 3
-    assert own_lines(text) == [f"number {i}" for i in range(1, 41)]
+    assert own_lines(text) == [f"number {i}" for i in range(1, 21)]
 
     line.cut()
     with pytest.raises(ConnectionLost, match=f"address={line.address} does not answer"):
