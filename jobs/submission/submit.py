@@ -136,34 +136,8 @@ def submit(
         if inside.is_at_home and not recipe.run_dir.is_absolute():
             say(
                 "note",
-                f"that is its head's own disk, as it seems: --folder, or {STORAGE_VARIABLE} there, names storage",
+                f"nobody named storage: --folder does, or {STORAGE_VARIABLE} on the cluster; this is its head's home",
             )
-    return job_id
-
-
-def entrypoint(inside: Inside, command: list[str], joins: bool, has_own_environment: bool) -> str:
-    """The job's shell command. Where Ray installs packages for it, the python on its PATH is the one that has them."""
-    python = "python" if has_own_environment else inside.python
-    own = [JOINS_ITS_CLUSTER] if joins else []
-    return "exec " + shlex.join([python, "-m", "jobs.submission.inside", inside.folder, *command, *own])
-
-
-def check_recipe(recipe: Recipe, check: Callable[[Recipe], None]) -> list[str]:
-    """Check what can be checked here; notes on what cannot. Raises RecipeError and DataError."""
-    if elsewhere := files_elsewhere(recipe):
-        return [f"{listed(elsewhere, 'and')} not on this machine: the job checks the recipe on the cluster"]
-    check(recipe)
-    return []
-
-
-def not_sent(recipe: Recipe, sent: Iterable[str]) -> list[str]:
-    """Notes on files that are here under a relative path, and stay here."""
-    travelling = [Path(name).resolve() for name in sent]
-    found = []
-    for key, name in relative_files(recipe):
-        path = Path(name).resolve()
-        if path.exists() and not any(path.is_relative_to(each) for each in travelling):
-            found.append(f"{key}={name} is looked for in the job's folder on the cluster; --with {name} sends yours")
     return found
 
 
