@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ import psutil
 import ray
 
 from cluster.errors import ClusterError
+from cluster.places import Demand
 
 RAY_PACKAGE = str(Path(ray.__file__).parent)
 QUIET_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -57,9 +58,13 @@ class RaySession:
         timeout_s: seconds to wait for the cluster to answer, and again for its resources to appear.
         extra_cpus: logical CPUs, wherever they are, of all actors beside the workers.
         extra_gpus: GPUs of those actors.
+        extra_actors: how many those are, where it matters how much each takes.
+        queue_timeout_s: seconds to wait for room on a cluster that is joined: for machines that its autoscaler brings
+            or that others give back. 0 refuses a run that is too large for what is there.
+        on_wait: is told in words what is waited for.
 
     Raises:
-        ClusterError: from `__enter__`, when the cluster does not answer or is too small.
+        ClusterError: from `__enter__`, when the cluster does not answer, is too small or has not made room in time.
     """
 
     def __init__(
@@ -72,14 +77,16 @@ class RaySession:
         timeout_s: float = 20.0,
         extra_cpus: float = 0.0,
         extra_gpus: float = 0.0,
+        extra_actors: int = 1,
+        queue_timeout_s: float = 0.0,
+        on_wait: Callable[[str], None] = lambda text: None,
     ):
         self.address = address
-        self.workers = workers
-        self.cpus_per_worker = cpus_per_worker
-        self.gpus_per_worker = gpus_per_worker
+        self.demand = Demand(workers, cpus_per_worker, gpus_per_worker, extra_cpus, extra_gpus, extra_actors)
         self.log_dir = Path(log_dir)
         self.timeout_s = timeout_s
-        self.extra = {"CPU": extra_cpus, "GPU": extra_gpus}
+        self.queue_timeout_s = queue_timeout_s
+        self.on_wait = on_wait
         self.gcs_address: str | None = None
         self._owned = False
         self._terminated = False
@@ -117,11 +124,12 @@ class RaySession:
                 "call ray.shutdown() first or leave cluster.address empty"
             )
         self.gcs_address = running
-        self._require_places(ray.nodes())
+        self.demand.require(ray.nodes())
 
     def _start(self) -> None:
+        demand = self.demand
         # One more for the controller of the run.
-        wanted = math.ceil(self.workers * self.cpus_per_worker + self.extra["CPU"]) + 1
+        wanted = math.ceil(demand.workers * demand.cpus_per_worker + demand.extra_cpus) + 1
         try:
             context = _init(
                 address="local",  # None would join whatever RAY_ADDRESS or an earlier `ray start` names
@@ -136,19 +144,20 @@ class RaySession:
                 "minute; try again when there is less to do, or give the cluster.address of a running cluster"
             ) from error
         self._joined(context)
-        self._require_places(ray.nodes())
+        self.demand.require(ray.nodes())
 
     def _join(self, host: str, port: int) -> None:
         _use_token_on_this_machine(host)
         nodes = self._probe(host, port)
         deadline = time.monotonic() + self.timeout_s
         self._joined(_init(address=f"{host}:{port}"))
-        while not self._fits(nodes):
-            if time.monotonic() > deadline:
-                break
+        if self.queue_timeout_s > 0:
+            self.demand.wait(self.queue_timeout_s, ray.nodes, self.on_wait)
+            return
+        while not self.demand.fits(nodes) and time.monotonic() < deadline:
             time.sleep(0.5)
             nodes = ray.nodes()
-        self._require_places(nodes)
+        self.demand.require(nodes)
 
     def _joined(self, context: Any) -> None:
         self.gcs_address = context.address_info["gcs_address"]
@@ -180,35 +189,6 @@ class RaySession:
         found = f" ({host}:{port})" if self.address == "auto" else ""
         raise ClusterError(f"cluster.address={self.address}{found} {_why_not_joined(said, ended, self.timeout_s)}")
 
-    def _fits(self, nodes: list[dict]) -> bool:
-        if places(nodes, self.cpus_per_worker, self.gpus_per_worker) < self.workers:
-            return False
-        each = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
-        # What is left over is counted as a whole: how it is cut up among the nodes is for Ray's scheduler.
-        left = {kind: _total(nodes, kind) - self.workers * each[kind] for kind in each}
-        return all(left[kind] >= self.extra[kind] - 1e-6 for kind in each)
-
-    def _require_places(self, nodes: list[dict]) -> None:
-        if self._fits(nodes):
-            return
-        alive = [node for node in nodes if node["Alive"]]
-        cpus, gpus = _total(nodes, "CPU"), _total(nodes, "GPU")
-        each = f"{self.cpus_per_worker:g} CPU" + (f" and {self.gpus_per_worker:g} GPU" * bool(self.gpus_per_worker))
-        found = places(nodes, self.cpus_per_worker, self.gpus_per_worker)
-        if found >= self.workers:
-            extra = " and ".join(f"{count:g} {kind}" for kind, count in self.extra.items() if count)
-            raise ClusterError(
-                f"cluster.workers={self.workers} workers of {each} and the actors beside them, {extra} in all, do not "
-                f"fit: there are {cpus:g} CPU and {gpus:g} GPU on {len(alive)} node{'s' * (len(alive) != 1)}; "
-                "use fewer actors, add nodes, or ask for less for each"
-            )
-        remedy = f"use cluster.workers={found} or " if found else ""
-        raise ClusterError(
-            f"cluster.workers={self.workers} workers of {each} do not fit: there is room for {found} "
-            f"({cpus:g} CPU and {gpus:g} GPU on {len(alive)} node{'s' * (len(alive) != 1)}); {remedy}"
-            "add nodes, or ask for less for each worker"
-        )
-
     def _save_process_state(self) -> None:
         self._children_before = {child.pid for child in psutil.Process().children()}
         # What Ray sets in this process must not steer the next session.
@@ -235,23 +215,6 @@ class RaySession:
                         os.environ[name] = value
         if _in_main_thread() and signal.getsignal(signal.SIGTERM) == self._unwind:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def places(nodes: list[dict], cpus_per_worker: float, gpus_per_worker: float) -> int:
-    """How many workers fit, given that each needs its CPUs and GPUs on one node. `nodes` is what ray.nodes() says."""
-    total = 0
-    for node in nodes:
-        if not node["Alive"]:
-            continue
-        wanted = [("CPU", cpus_per_worker), ("GPU", gpus_per_worker)]
-        fits = [node["Resources"].get(kind, 0) / count for kind, count in wanted if count > 0]
-        # 1e-9: 0.3 / 0.1 is 2.9999999999999996, and Ray itself counts in ten thousandths
-        total += math.floor(min(fits) + 1e-9) if fits else sys.maxsize
-    return total
-
-
-def _total(nodes: list[dict], kind: str) -> float:
-    return sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"])
 
 
 def _init(**arguments: Any) -> Any:

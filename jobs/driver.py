@@ -79,6 +79,7 @@ class Driver:
     steps_key = "train.steps"  # what the user raises to go on
     extra_cpus = 0.0  # of actors beside the workers
     extra_gpus = 0.0
+    extra_actors = 1
 
     def __init__(self, recipe: Recipe, run_dir: Path, fingerprint: str, source: str) -> None:
         """``fingerprint`` of what is learned from, named by ``source`` (``data.source=stdlib``).
@@ -180,6 +181,9 @@ class Driver:
                 timeout_s=cluster.start_timeout,
                 extra_cpus=self.extra_cpus,
                 extra_gpus=self.extra_gpus,
+                extra_actors=self.extra_actors,
+                queue_timeout_s=cluster.queue_timeout,
+                on_wait=line.wait,
             ):
                 mlflow_run_id = self.tracker.start(self.recipe.sections())
                 (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())

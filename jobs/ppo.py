@@ -76,6 +76,7 @@ class PPORun(Driver):
         self.settings, self.tasks = recipe.ppo, tasks
         self.extra_cpus = recipe.ppo.rollout_workers * recipe.ppo.rollout_cpus
         self.extra_gpus = recipe.ppo.rollout_workers * recipe.ppo.rollout_gpus
+        self.extra_actors = recipe.ppo.rollout_workers
         self.replaced = 0
         super().__init__(recipe, run_dir, tasks.fingerprint, f"tasks.family={recipe.tasks.family}")
         self.accuracy: dict[int, float] = {int(k): v for k, v in self.state.get("accuracy", {}).items()}

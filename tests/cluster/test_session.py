@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from cluster.errors import ClusterError
-from cluster.session import RaySession, places
+from cluster.session import RaySession
 
 REPOSITORY = Path(__file__).parents[2]
 MARK = "SESSION_TEST_MARK"
@@ -353,19 +353,6 @@ def test_a_machine_too_busy_to_start_ray_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.init", slow)
     with pytest.raises(ClusterError, match="too busy for it to come up"), RaySession(None, 1, 1, 0, tmp_path):
         pass
-
-
-def test_places_are_counted_node_by_node():
-    def node(cpu, gpu=0.0, alive=True):
-        return {"Alive": alive, "Resources": {"CPU": cpu, "GPU": gpu}}
-
-    # Eight CPUs, yet no node has room for a worker of two.
-    assert places([node(1)] * 8, 2, 0) == 0
-    assert places([node(8, 2), node(4, 4)], 2, 1) == 2 + 2
-    assert places([node(8), node(8, alive=False)], 1, 0) == 8
-    assert places([node(0.3)], 0.1, 0) == 3
-    assert places([node(4, 1)], 1, 0.25) == 4
-    assert places([{"Alive": True, "Resources": {}}], 1, 0) == 0
 
 
 def refusal(address: str, folder: Path, timeout_s: float, script: str = "", **environment: str) -> tuple[str, float]:
