@@ -24,31 +24,33 @@ STOP_SECONDS = 60
 JOINS_ITS_CLUSTER = "cluster.address=auto"
 
 
-def _check_train(recipe: Recipe) -> None:
-    from jobs.recipe_checks import check
+def _check_train(recipe: Recipe, jobs: RayJobs, nodes: list[dict]) -> list[str]:
+    from jobs.submission.planning import plan_at
 
-    check(recipe)
+    return list(plan_at(recipe, jobs, nodes).warnings)
 
 
-def _check_ppo(recipe: Recipe) -> None:
+def _check_ppo(recipe: Recipe, jobs: RayJobs, nodes: list[dict]) -> list[str]:
     from jobs.recipe_checks_ppo import check_ppo, completed
 
     check_ppo(completed(recipe))
+    return []
 
 
-def _check_on_the_cluster(recipe: Recipe) -> None:
+def _check_there(recipe: Recipe, jobs: RayJobs, nodes: list[dict]) -> list[str]:
     """What a search or a measurement needs beyond its recipe is checked where it runs, before it begins."""
+    return []
 
 
 @dataclass(frozen=True)
 class Submittable:
-    """A verb that makes sense as a job: ``check`` is what can be checked here of its recipe.
+    """A verb that makes sense as a job: ``check`` is what can be checked here of its recipe, and gives doubts.
 
     ``num_cpus`` are set aside for the command itself: 0 for one that only drives others and may run on a head that
     does no work.
     """
 
-    check: Callable[[Recipe], None]
+    check: Callable[[Recipe, RayJobs, list[dict]], list[str]]
     takes_recipe: bool = True
     num_cpus: int = 0
 
@@ -56,8 +58,8 @@ class Submittable:
 VERBS = {
     "train": Submittable(_check_train),
     "ppo": Submittable(_check_ppo),
-    "tune": Submittable(_check_on_the_cluster),
-    "evaluate": Submittable(_check_on_the_cluster, takes_recipe=False, num_cpus=1),
+    "tune": Submittable(_check_there),
+    "evaluate": Submittable(_check_there, takes_recipe=False, num_cpus=1),
 }
 
 
@@ -93,10 +95,14 @@ def run(order: Order, known_verbs: Iterable[str]) -> int:
     jobs = RayJobs(order.address)
     jobs.version()
     if recipe is not None:
-        there = check_room(recipe, jobs.nodes(), jobs)
-        notes = [*check_recipe(recipe, verb.check), *not_sent(recipe, order.files)]
+        nodes = jobs.nodes()
+        there = check_room(recipe, nodes, jobs)
+        if elsewhere := files_elsewhere(recipe):
+            notes = [f"{listed(elsewhere, 'and')} not on this machine: the job checks the recipe on the cluster"]
+        else:
+            notes = verb.check(recipe, jobs, nodes)
         say("cluster", there)
-        for note in notes:
+        for note in [*notes, *not_sent(recipe, order.files)]:
             say("note", note)
     package = make_package(file, order.files)
     job_id = submit(jobs, order, verb, recipe, file, package)
@@ -132,12 +138,29 @@ def submit(
     )
     say("job", f"{job_id}, in {inside.folder} on the cluster")
     if recipe is not None:
-        say("run", f"{Path(inside.folder) / recipe.run_dir} there")
-        if inside.is_at_home and not recipe.run_dir.is_absolute():
-            say(
-                "note",
-                f"nobody named storage: --folder does, or {STORAGE_VARIABLE} on the cluster; this is its head's home",
-            )
+        place = f"{recipe.run.dir}/{recipe.run.name}"
+        is_relative = not place.startswith(("/", "~"))
+        say("run", f"{Path(inside.folder) / place if is_relative else place} there")
+        if inside.is_at_home and is_relative:
+            say("note", f"{inside.folder} is in its head's home; --folder, or {STORAGE_VARIABLE} there, names storage")
+    return job_id
+
+
+def entrypoint(inside: Inside, command: list[str], joins: bool, has_own_environment: bool) -> str:
+    """The job's shell command. Where Ray installs packages for it, the python on its PATH is the one that has them."""
+    python = "python" if has_own_environment else inside.python
+    own = [JOINS_ITS_CLUSTER] if joins else []
+    return "exec " + shlex.join([python, "-m", "jobs.submission.inside", inside.folder, *command, *own])
+
+
+def not_sent(recipe: Recipe, sent: Iterable[str]) -> list[str]:
+    """Notes on files that are here under a relative path, and stay here."""
+    travelling = [Path(name).resolve() for name in sent]
+    found = []
+    for key, name in relative_files(recipe):
+        path = Path(name).resolve()
+        if path.exists() and not any(path.is_relative_to(each) for each in travelling):
+            found.append(f"{key}={name} is looked for in the job's folder on the cluster; --with {name} sends yours")
     return found
 
 
