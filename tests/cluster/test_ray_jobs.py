@@ -244,6 +244,50 @@ def test_a_connection_that_breaks_is_taken_up_where_it_was_and_ends_no_job(head,
         near.follow(job_id, write, patience_s=1.0)
 
 
+TRAINING = """
+import sys, time
+from pathlib import Path
+import ray.train
+from cluster.launch import run_workers
+from cluster.session import RaySession
+
+def work(config):
+    ray.train.report({"up": 1})
+    time.sleep(600)
+
+folder = Path(sys.argv[1])
+with RaySession("auto", workers=1, cpus_per_worker=1, gpus_per_worker=0, log_dir=folder, timeout_s=120):
+    run_workers(
+        work, {}, workers=1, resources_per_worker={"CPU": 1}, backend="gloo", attempt_dir=folder / "attempt-1",
+        max_failures=0, on_message=lambda message: print("said", message, flush=True),
+    )
+"""
+
+
+def test_a_training_job_that_is_stopped_leaves_no_actor_on_the_cluster(head, token, tmp_path):
+    jobs = RayJobs(head[0])
+    script, job_id = tmp_path / "training.py", f"training-{uuid.uuid4().hex[:6]}"
+    script.write_text(TRAINING)
+    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+    jobs.submit(job_id, f"exec {sys.executable} {script} {tmp_path}", runtime_env=environment)
+    deadline = time.monotonic() + 120
+    while "said" not in (said := jobs.logs(job_id)) and time.monotonic() < deadline:
+        assert not jobs.job(job_id).has_ended, said
+        time.sleep(0.5)
+    assert {"EndingCleaner", "RayTrainWorker"} <= living_actors(jobs)
+    jobs.stop(job_id)
+    assert jobs.wait(job_id, 90).status == "STOPPED"
+    deadline = time.monotonic() + 60
+    while (left := living_actors(jobs) - {"_AutoscalingCoordinatorActor"}) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left == set()  # but for the one that Ray keeps once for the whole cluster
+
+
+def living_actors(jobs: RayJobs) -> set[str]:
+    path = "/api/v0/actors?filter_keys=state&filter_predicates=%21%3D&filter_values=DEAD"
+    return {actor["class_name"] for actor in jobs._json("GET", path)["data"]["result"]["result"]}
+
+
 def test_an_address_comes_from_the_command_line_then_from_the_environment(monkeypatch):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
