@@ -190,8 +190,8 @@ class RayJobs:
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
                     asyncio.run(self._tail(job_id, reader))
                 job = self.job(job_id)
+                self._rest(job, reader)  # all that there is to read where a proxy lets no stream through
                 if job.has_ended:
-                    self._rest(job, reader)
                     return job
                 lost_since = None
             except ConnectionLost:
@@ -204,7 +204,9 @@ class RayJobs:
     async def _tail(self, job_id: str, reader: _Reader) -> None:
         reader.rewind()
         url = f"{self.address}/api/jobs/{job_id}/logs/tail"
-        trust = ssl.create_default_context(cafile=os.environ.get("REQUESTS_CA_BUNDLE"))
+        trust: ssl.SSLContext | bool = True
+        if url.startswith("https"):  # requests takes it from there, aiohttp does not
+            trust = ssl.create_default_context(cafile=os.environ.get("REQUESTS_CA_BUNDLE"))
         limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
         async with (
             aiohttp.ClientSession(headers=self.headers, trust_env=True, timeout=limits) as session,
@@ -215,7 +217,7 @@ class RayJobs:
                     reader.read(message.data)
 
     def _rest(self, job: Job, reader: _Reader) -> None:
-        """What the stream did not bring before the job ended."""
+        """What the stream did not bring."""
         try:
             whole = self.logs(job.id)
         except ClusterError:

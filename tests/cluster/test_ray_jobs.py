@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 
 from cluster.access_token import access_token
 from cluster.errors import ClusterError
@@ -284,8 +285,10 @@ def test_a_training_job_that_is_stopped_leaves_no_actor_on_the_cluster(head, tok
 
 
 def living_actors(jobs: RayJobs) -> set[str]:
-    path = "/api/v0/actors?filter_keys=state&filter_predicates=%21%3D&filter_values=DEAD"
-    return {actor["class_name"] for actor in jobs._json("GET", path)["data"]["result"]["result"]}
+    """What Ray's state API says is not dead."""
+    alive = {"filter_keys": "state", "filter_predicates": "!=", "filter_values": "DEAD"}
+    answer = requests.get(f"{jobs.address}/api/v0/actors", params=alive, headers=jobs.headers, timeout=60)
+    return {actor["class_name"] for actor in answer.json()["data"]["result"]["result"]}
 
 
 def test_an_address_comes_from_the_command_line_then_from_the_environment(monkeypatch):
