@@ -98,7 +98,7 @@ def run(order: Order, known_verbs: Iterable[str]) -> int:
         nodes = jobs.nodes()
         there = check_room(recipe, nodes, jobs)
         if elsewhere := files_elsewhere(recipe):
-            notes = [f"{listed(elsewhere, 'and')} not on this machine: the job checks the recipe on the cluster"]
+            notes = [f"not on this machine: {listed(elsewhere, 'and')}; the job checks the recipe on the cluster"]
         else:
             notes = verb.check(recipe, jobs, nodes)
         say("cluster", there)
