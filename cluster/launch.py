@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from cluster.errors import ClusterError, Stopped
+from cluster.placement_cleanup import mend
 
 # Ray Train's controller takes one report from each worker about every two seconds, and a worker that reports
 # faster waits for it; what a worker has to say is therefore gathered and sent at this interval.
@@ -36,6 +37,10 @@ class _Forward(UserCallback):
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
         self._is_known = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        mend()  # this object arrives in the controller's process before the run begins there
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if not self._is_known:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from jobs.submission import command_line as submission
 from jobs.wording import suggestion
 
 EPILOG = """\
@@ -138,7 +139,7 @@ def plan(options: argparse.Namespace) -> int:
     from jobs.plan import run
     from jobs.recipe import load_recipe
 
-    return run(load_recipe(options.recipe, options.overrides))
+    return run(load_recipe(options.recipe, options.overrides), options.address)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -225,6 +226,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "bench": bench,
     "study": study,
     "doctor": doctor,
+    **submission.VERBS,
 }
 
 
@@ -271,6 +273,8 @@ def build_parser() -> Parser:
         each.add_argument(
             "overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a key of the recipe"
         )
+        if verb == "plan":
+            each.add_argument("--address", metavar="URL", help="a cluster's dashboard: is there room for the recipe?")
 
     where = "a checkpoint, a run's folder (its newest good checkpoint) or a saved model"
     each = add("export", "write a checkpoint's model as a Hugging Face folder")
@@ -312,6 +316,8 @@ def build_parser() -> Parser:
     titles = {name: each.title for name, each in STUDIES.items()}
     each = add("study", "compare variants of a recipe over several seeds", titles)
     each.add_argument("name", metavar="NAME", help=own)
+
+    submission.add_parsers(add)
 
     each = add("doctor", "show what this machine has, what is missing and how to get it")
     each.add_argument("--deep", action="store_true", help="start Ray and write to an MLflow store, too")

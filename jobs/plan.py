@@ -114,8 +114,15 @@ class Plan:
         return room if cluster.memory_per_worker is None else min(room, int(cluster.memory_per_worker * 2**30))
 
 
-def run(recipe: Recipe) -> int:
-    """Print the plan of a recipe. Raises RecipeError for one that cannot be trained, ClusterError for no cluster."""
+def run(recipe: Recipe, address: str | None = None) -> int:
+    """Print the plan of a recipe, for the cluster whose dashboard is at ``address`` where that is given.
+
+    Raises RecipeError for one that cannot be trained, ClusterError for no cluster or one without room.
+    """
+    if address is not None:
+        from jobs.submission.planning import run_at
+
+        return run_at(recipe, address)
     from jobs.plan_report import show
     from jobs.prepared_data import find_prepared
     from jobs.recipe_checks import check, check_run, checked_config
@@ -270,7 +277,7 @@ def doubts(plan: Plan) -> tuple[str, ...]:
         found.append("train.offload_optimizer=true without a GPU moves nothing: the states are in host memory anyway")
     if not cluster.gpus_per_worker and machine.gpus:
         found.append(f"{machine.gpus:g} GPU(s) stay idle; cluster.gpus_per_worker=1 uses one for each worker")
-    if cluster.workers * cluster.cpus_per_worker > machine.cpus:
+    if cluster.address is None and cluster.workers * cluster.cpus_per_worker > machine.cpus:
         found.append(
             f"cluster.workers={cluster.workers} want {cluster.workers * cluster.cpus_per_worker:g} CPUs and there are "
             f"{machine.cpus:g}: they will share them"

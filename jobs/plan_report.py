@@ -130,7 +130,8 @@ def resources_table(plan: Plan) -> Table:
     cluster, machine = plan.recipe.cluster, plan.machine
     table = table_of(f"resources of {machine.where}", "wanted", "there", "")
     cpus, gpus = cluster.workers * cluster.cpus_per_worker, cluster.workers * cluster.gpus_per_worker
-    table.add_row("CPUs", f"{cpus:g}", f"{machine.cpus:g}", enough(cpus <= machine.cpus, "shared"))
+    short = "short" if cluster.address else "shared"
+    table.add_row("CPUs", f"{cpus:g}", f"{machine.cpus:g}", enough(cpus <= machine.cpus, short))
     table.add_row("GPUs", f"{gpus:g}", f"{machine.gpus:g}", enough(gpus <= machine.gpus, "short"))
     needed, room = plan.worker_bytes, plan.room_per_worker
     table.add_row("memory per worker", gib(needed), gib(room), enough(needed <= room, "short"))
