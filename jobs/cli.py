@@ -193,6 +193,13 @@ def study(options: argparse.Namespace) -> int:
     return run(options.name, options.rest)
 
 
+def send(options: argparse.Namespace) -> int:
+    """Send what a run could not tell MLflow."""
+    from jobs.send import run
+
+    return run(options.run_dir, options.uri)
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Show what this machine has and lacks."""
     from jobs.doctor import run
@@ -210,6 +217,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "profile": profile,
     "bench": bench,
     "study": study,
+    "send": send,
     "doctor": doctor,
 }
 
@@ -297,6 +305,10 @@ def build_parser() -> Parser:
     titles = {name: each.title for name, each in STUDIES.items()}
     each = add("study", "compare variants of a recipe over several seeds", titles)
     each.add_argument("name", metavar="NAME", help=own)
+
+    each = add("send", "send what a run could not tell MLflow while it went on")
+    each.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, <run.dir>/<run.name>")
+    each.add_argument("--uri", metavar="URI", help="where the MLflow server is now (default: where it was)")
 
     each = add("doctor", "show what this machine has, what is missing and how to get it")
     each.add_argument("--deep", action="store_true", help="start Ray and write to an MLflow store, too")

@@ -182,6 +182,8 @@ class Driver:
                 extra_gpus=self.extra_gpus,
             ):
                 mlflow_run_id = self.tracker.start(self.recipe.sections())
+                if reason := self.tracker.waits_because:
+                    line.say(f"mlflow   {reason}; the run goes on, and what it reports is kept and sent later")
                 (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
                 self._remember(mlflow_run_id=mlflow_run_id, data=self.fingerprint)
                 self.tracked = self.tracker.steps_of(self.tracked_metric)
