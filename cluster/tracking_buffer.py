@@ -130,11 +130,7 @@ class Buffer:
 
     def left(self) -> Iterator[dict[str, Any]]:
         """All entries that are not sent."""
-        with self._lock:
-            for lane in LANES:
-                for entry, _ in self._entries(self._sent[lane], self._segment):
-                    if lane_of(entry) == lane:
-                        yield entry
+        return self._unsent((0, 0))
 
     def is_empty(self) -> bool:
         """Whether everything is sent."""
@@ -164,12 +160,19 @@ class Buffer:
                     self._tidy()
             except OSError as error:
                 self.trouble = error
-                lost = self._held.count(b"\n") if self._held else 0
+                lost = len(list(self._unsent((self._segment, 0)))) if self._held else 0
             if self._file >= 0:
                 os.close(self._file)
             os.close(self._guard)
             self._file = self._guard = -1
             return lost
+
+    def _unsent(self, start: Position) -> Iterator[dict[str, Any]]:
+        with self._lock:
+            for lane in LANES:
+                for entry, _ in self._entries(max(start, self._sent[lane]), self._segment):
+                    if lane_of(entry) == lane:
+                        yield entry
 
     def _tidy(self) -> None:
         """Delete every segment and file: all is sent."""
@@ -252,7 +255,9 @@ class Buffer:
                 try:
                     entry = json.loads(line)
                 except ValueError:  # a power cut may leave a hole in a file
-                    logger.warning("%s holds a damaged line before byte %d, which is left out", number, place)
+                    logger.warning(
+                        "%s holds a damaged line before byte %d, which is left out", self._path(number), place
+                    )
                     continue
                 yield entry, (number, place)
 

@@ -19,6 +19,7 @@ REFUSED_AT_START = {*REFUSED, NO_SUCH_RUN, "PERMISSION_DENIED", "NOT_FOUND"}
 # Where the user has not said otherwise. MLflow itself tries a request for minutes; here the writers try again.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",

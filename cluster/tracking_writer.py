@@ -18,6 +18,7 @@ from cluster.tracking_entries import in_words, num_rows, words
 from cluster.tracking_uri import check_uri, shown
 
 METRICS_PER_BATCH = 1000  # MLflow's own limit
+TOGETHER = ("metrics", "tags")  # kinds of entries that are one request, as their order does not matter
 FLUSH_SECONDS = 1.0  # metrics of this long go up together
 LONGEST_PAUSE = 30.0  # between two tries at a server that does not take them
 NO_PROGRESS_SECONDS = 60.0  # after which `send_rest` gives up
@@ -86,8 +87,8 @@ class _Writer(threading.Thread):
             is_last = self.closing.wait(FLUSH_SECONDS)
             self._buffer.sync()
             while not self.given_up.is_set() and (waiting := self._buffer.waiting(self._lane, METRICS_PER_BATCH)):
-                metrics = list(takewhile(lambda item: item[0]["kind"] == "metrics", waiting))
-                self._bring(metrics or waiting[:1])
+                together = list(takewhile(lambda item: item[0]["kind"] in TOGETHER, waiting))
+                self._bring(together or waiting[:1])
 
     def _bring(self, group: list[tuple[dict[str, Any], Position]]) -> None:
         """Have MLflow take these, or refuse them for good; they stay in the buffer if neither comes to pass."""
@@ -116,23 +117,22 @@ class _Writer(threading.Thread):
         return False
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
-        """One entry of any kind, or several of metrics."""
+        """One entry of any kind, or several that go together."""
         from mlflow.entities import Metric
 
         first, client, run_id = entries[0], self._client, self._run_id
         match first["kind"]:
-            case "metrics":
+            case "metrics" | "tags":
                 # MLflow's databases keep a metric of one name, step, time and value once: what is sent again, because
                 # nobody knows whether it arrived, is not doubled. So the time is that of the entry.
                 points = [
                     Metric(name, value, entry["time"], entry["step"])
                     for entry in entries
-                    for name, value in entry["values"].items()
+                    for name, value in entry.get("values", {}).items()
                 ]
                 for some in batches(points, METRICS_PER_BATCH):
                     client.log_batch(run_id, metrics=some)
-            case "tags":
-                set_tags(client, run_id, first["tags"])
+                set_tags(client, run_id, {name: value for e in entries for name, value in e.get("tags", {}).items()})
             case "open":
                 open_run(client, run_id, first["params"], first["tags"])
             case "end":
