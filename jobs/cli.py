@@ -193,6 +193,13 @@ def study(options: argparse.Namespace) -> int:
     return run(options.name, options.rest)
 
 
+def register(options: argparse.Namespace) -> int:
+    """Put a checkpoint's model into MLflow's registry."""
+    from jobs.register import run
+
+    return run(options.checkpoint, options.name, options.uri)
+
+
 def send(options: argparse.Namespace) -> int:
     """Send what a run could not tell MLflow."""
     from jobs.send import run
@@ -217,6 +224,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "profile": profile,
     "bench": bench,
     "study": study,
+    "register": register,
     "send": send,
     "doctor": doctor,
 }
@@ -305,6 +313,11 @@ def build_parser() -> Parser:
     titles = {name: each.title for name, each in STUDIES.items()}
     each = add("study", "compare variants of a recipe over several seeds", titles)
     each.add_argument("name", metavar="NAME", help=own)
+
+    each = add("register", "put a checkpoint's model into MLflow's registry, as its next version")
+    each.add_argument("checkpoint", metavar="CHECKPOINT", help=where)
+    each.add_argument("name", metavar="NAME", help="the registered model's name")
+    each.add_argument("--uri", metavar="URI", help="an MLflow server or file (default: where its run was recorded)")
 
     each = add("send", "send what a run could not tell MLflow while it went on")
     each.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, <run.dir>/<run.name>")
