@@ -1,8 +1,11 @@
 """Models in MLflow's registry, by name and version, each with what goes in and what comes out."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +53,10 @@ def register(uri: str, name: str, model: Registration, experiment: str, run_id: 
     check_uri(uri)
     mlflow = quiet_mlflow()
     client = client_of(uri)
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    mlflow.set_tracking_uri(uri)  # what logs a model knows no other way
-    mlflow.set_registry_uri(uri)
-    try:
-        with refusal_named(uri, experiment):
-            place = (
-                experiment_id(client, uri, experiment) if run_id is None else client.get_run(run_id).info.experiment_id
-            )
-            mlflow.set_experiment(experiment_id=place)
+    with refusal_named(uri, experiment):
+        run = None if run_id is None else client.get_run(run_id)
+        place = run.info.experiment_id if run else experiment_id(client, uri, experiment)
+        with _addressed(mlflow, uri, place):
             info = mlflow.models.Model.log(
                 artifact_path=None,
                 name=name,
@@ -75,13 +73,32 @@ def register(uri: str, name: str, model: Registration, experiment: str, run_id: 
                 tags=dict(model.tags),
                 step=model.step,
             )
-            number = str(info.registered_model_version)
-            for tag, value in model.tags.items():
-                client.set_model_version_tag(name, number, tag, str(value))
-            return number
+        number = str(info.registered_model_version)
+        for tag, value in model.tags.items():
+            client.set_model_version_tag(name, number, tag, str(value))
+        return number
+
+
+@contextmanager
+def _addressed(mlflow: Any, uri: str, experiment: str) -> Iterator[None]:
+    """What logs a model takes its address from the process; afterwards the process is as it was.
+
+    It counts weights on stderr while it loads them to try the example, and says there what the caller says better.
+    """
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    os.environ["MLFLOW_EXPERIMENT_ID"] = experiment
+    try:
+        with redirect_stderr(StringIO()):
+            yield
     finally:
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(kept)
 
 
 def _signature(model: Registration) -> Any:
