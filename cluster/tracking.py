@@ -16,10 +16,10 @@ from cluster.tracking_client import (
     REFUSED_AT_START,
     client_of,
     experiment_id,
-    first_line,
     flatten,
     open_run,
     quiet_mlflow,
+    reason,
     refusal_named,
 )
 from cluster.tracking_entries import in_words, words
@@ -224,9 +224,9 @@ class Tracker:
         if lost:
             said.append(f"{lost} things for MLflow were lost: {self._buffer.folder} cannot be written")
         elif left:
-            reason = f" ({first_line(writers.trouble)})" if writers.trouble else ""
+            because = f" ({reason(writers.trouble)})" if writers.trouble else ""
             said.append(
-                f"not in MLflow within {timeout_s:g} s{reason}: {left}; send them later with "
+                f"not in MLflow within {timeout_s:g} s{because}: {left}; send them later with "
                 f"mmada send {shlex.quote(_shown_path(self._buffer.folder.parent))}"
             )
         return said
@@ -263,7 +263,7 @@ class Tracker:
                 error = cast(Exception, refused.__cause__)
                 if not self._is_known or getattr(error, "error_code", None) in REFUSED_AT_START:
                     raise
-                self.waits_because = f"tracking.uri={shown(self.uri)} does not take the run ({first_line(error)})"
+                self.waits_because = f"tracking.uri={shown(self.uri)} does not take the run ({reason(error)})"
         buffer.append({"kind": "open", "opened": state["opened"], "params": params, "tags": tags})
 
     def _create_run(self, tags: dict[str, str]) -> str:

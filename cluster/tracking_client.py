@@ -66,6 +66,12 @@ def first_line(error: Exception | None) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+def reason(error: Exception | None) -> str:
+    """Why something did not arrive, in few words."""
+    text = first_line(error)
+    return "the server does not answer" if "failed with exception" in text else text  # MLflow's words for no answer
+
+
 def experiment_id(client: Any, uri: str, experiment: str) -> str:
     """The id of an experiment, which is created when missing."""
     from mlflow.exceptions import MlflowException

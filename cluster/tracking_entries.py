@@ -89,19 +89,34 @@ def words(entry: Mapping[str, Any]) -> str:
 
 
 def in_words(entries: Iterable[Mapping[str, Any]]) -> str:
-    """Many entries in one line: metrics counted, things of one kind named while there are up to three; "" for none."""
-    count, first, last = 0, 0, 0
+    """Many entries in one line, each kind counted where there are several; "" for none."""
+    steps: list[int] = []
+    num_metrics, tags, end = 0, set(), ""
     others: dict[str, list[str]] = {}
     for entry in entries:
         if entry["kind"] == "metrics":
-            first = min(first, entry["step"]) if count else entry["step"]
-            last = max(last, entry["step"]) if count else entry["step"]
-            count += len(entry["values"])
+            num_metrics += len(entry["values"])
+            steps = [min([entry["step"], *steps]), max([entry["step"], *steps])]
+        elif entry["kind"] == "tags":
+            tags |= set(entry["tags"])
+        elif entry["kind"] == "end":
+            end = words(entry)  # the last one holds
         else:
-            others.setdefault(words(entry).split(" ")[0], []).append(words(entry))
-    steps = f"of step {first}" if first == last else f"of steps {first} to {last}"
-    parts = [f"{count} metric{'s' if count > 1 else ''} {steps}"] if count else []
-    for names in others.values():
+            others.setdefault(words(entry).partition(" ")[0], []).append(words(entry))
+    parts = []
+    if steps:
+        when = f"step {steps[0]}" if steps[0] == steps[1] else f"steps {steps[0]} to {steps[1]}"
+        parts.append(f"{_counted(num_metrics, 'metric')} of {when}")
+    parts += [_counted(len(tags), "tag")] if tags else []
+    for noun, names in others.items():
         names = list(dict.fromkeys(names))
-        parts.append(", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} like it")
-    return ", ".join(parts)
+        is_few = len(names) == 1 or noun not in _COUNTED
+        parts.append(", ".join(names) if is_few else _counted(len(names), noun))
+    return ", ".join([*parts, end] if end else parts)
+
+
+_COUNTED = ("checkpoint", "figure", "artifact")  # the first words of names that become a number
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.tracking_buffer import BUFFER, LANES, STATE, Buffer, Position
-from cluster.tracking_client import REFUSED, batches, client_of, first_line, open_run, refusal_named, set_tags
+from cluster.tracking_client import REFUSED, batches, client_of, first_line, open_run, reason, refusal_named, set_tags
 from cluster.tracking_entries import in_words, num_rows, words
 from cluster.tracking_uri import check_uri, shown
 
@@ -195,7 +195,7 @@ def send_rest(run_dir: Path, uri: str | None = None, patience_s: float = NO_PROG
         writers = Writers(buffer, client, run_id)
         writers.close_patiently(patience_s)
         left = list(buffer.left())
-        trouble = first_line(writers.trouble) if left else ""
+        trouble = reason(writers.trouble) if left else ""
         sent = _without([entry for entry in before if entry not in left], writers.refused)
         return Sent(shown(place), in_words(sent), in_words(left), writers.refused, trouble)
     finally:

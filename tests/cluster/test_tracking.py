@@ -183,9 +183,11 @@ def test_a_server_that_is_gone_at_the_end_is_said_in_bounded_time(tmp_path, serv
         assert 3 <= time.monotonic() - started < 5
     finally:
         server.send(signal.SIGCONT)
-    left = r"(\d+) metrics of steps 0 to 14, the status FAILED, figure learning_curve"
+    left = r"(\d+) metrics of steps 0 to 14, figure learning_curve, the status FAILED"
     told = re.fullmatch(
-        rf"not in MLflow within 3 s \(.*\): {left}; send them later with mmada send {tmp_path}/run", *lost
+        rf"not in MLflow within 3 s(?: \(the server does not answer\))?: {left}; "
+        f"send them later with mmada send {tmp_path}/run",
+        *lost,
     )
     assert int(told[1]) > 10  # ten of ours, and one sample of the system's at step 0
     again = Tracker(server.uri, "gone", tmp_path / "run", "bounded", run_id=run_id)

@@ -122,7 +122,7 @@ def test_run_and_server_are_killed_and_the_run_goes_on_alone(tmp_path, server):
     second.table("samples", [{"n": 3}])
     (line,) = second.finish("done", timeout_s=1)
     assert line.endswith(
-        "of steps 0 to 59, the parameters, the status FINISHED, rows of tables/samples.json; "
+        "of steps 0 to 59, the parameters, rows of tables/samples.json, the status FINISHED; "
         f"send them later with mmada send {folder}"
     )
     code, out, err = send(str(folder))
@@ -136,7 +136,7 @@ def test_run_and_server_are_killed_and_the_run_goes_on_alone(tmp_path, server):
     code, out, err = send(str(folder))
     assert (code, err) == (0, "")
     assert out.startswith(f"sent to {server.uri}: ")
-    assert out.endswith("of steps 0 to 59, the parameters, the status FINISHED, rows of tables/samples.json\n")
+    assert out.endswith("of steps 0 to 59, the parameters, rows of tables/samples.json, the status FINISHED\n")
     assert send(str(folder))[:2] == (0, f"nothing is left to send: {server.uri} has all of {folder}\n")
     assert points(server.uri, run_id, "loss") == [(step, float(step)) for step in range(60)]
     assert table_rows(server.uri, run_id) == [1, 2, 3]
@@ -215,7 +215,7 @@ def test_a_slow_server_slows_nobody_and_another_address_serves(tmp_path, server)
             tracker.tag({"step": step})
         assert time.monotonic() - began < proxy.delay / 2  # two thousand entries in less than half of one request
         (line,) = tracker.finish("done", timeout_s=1)
-    assert "of steps 0 to 999, tags step, the status FINISHED; " in line
+    assert "of steps 0 to 999, 1 tag, the status FINISHED; " in line
     code, out, err = send(str(tmp_path / "run"), "--uri", server.uri)
     assert (code, err) == (0, "")
     assert points(server.uri, run_id, "loss") == [(step, float(step)) for step in range(1000)]
