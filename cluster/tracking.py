@@ -118,6 +118,7 @@ class Tracker:
             if not {"run_id", "creating"} & set(self._buffer.state):
                 shutil.rmtree(self._buffer.folder)
             raise
+        self._scratch = tempfile.TemporaryDirectory(prefix="mmada-figures-")
         self._writers = Writers(self._buffer, self._client, str(self.run_id))
         self._monitor.start()
         return str(self.run_id)
@@ -146,10 +147,9 @@ class Tracker:
     def figure(self, name: str, figure: Any) -> None:
         """Record a Matplotlib figure as the artifact `figures/<name>.png`. It is drawn now and sent later."""
         self._refuse_unless_started(f"figure {name}")
-        with tempfile.TemporaryDirectory(prefix="mmada-figures-") as scratch:
-            drawn = Path(scratch) / f"{name}.png"
-            figure.savefig(drawn, format="png", bbox_inches="tight")
-            path = self._buffer.keep_file(drawn, f"figures/{name}.png")
+        drawn = Path(tempfile.mkdtemp(dir=self._scratch.name)) / f"{name}.png"
+        figure.savefig(drawn, format="png", bbox_inches="tight")
+        path = self._kept(drawn, f"figures/{name}.png")
         self._put({"kind": "file", "path": path, "folder": "figures", "words": f"figure {name}"})
 
     def checkpoint(self, path: Path, step: int, bytes: int) -> None:
@@ -191,14 +191,11 @@ class Tracker:
 
     def artifact(self, path: Path) -> None:
         """Record a file or a folder: as it is when its turn comes inside the run's folder, as it is now elsewhere."""
-        path, kept = Path(path).absolute(), ""
+        path = Path(path).absolute()
         self._refuse_unless_started(f"artifact {path}")
-        if path.exists() and not path.is_relative_to(self.run_dir):
-            with tempfile.TemporaryDirectory(prefix="mmada-artifact-") as scratch:
-                copy = Path(scratch) / path.name
-                shutil.copytree(path, copy) if path.is_dir() else shutil.copy2(path, copy)
-                kept = self._buffer.keep_file(copy, f"artifacts/{path.name}")
-        self._put({"kind": "file", "path": kept or str(path), "folder": None, "words": f"artifact {path}"})
+        is_elsewhere = path.exists() and not path.is_relative_to(self.run_dir)
+        kept = self._kept(path, f"artifacts/{path.name}") if is_elsewhere else str(path)
+        self._put({"kind": "file", "path": kept, "folder": None, "words": f"artifact {path}"})
 
     def finish(self, status: str, timeout_s: float = 30.0) -> list[str]:
         """Write what is left and close the run.
@@ -219,8 +216,12 @@ class Tracker:
         writers, self._writers = self._writers, None
         writers.close(timeout_s)
         said = writers.refused
-        left = in_words(self._buffer.left())
+        try:
+            left = in_words(self._buffer.left())
+        except OSError as error:
+            left = f"what {self._buffer.folder} holds, which cannot be read ({error.strerror})"
         lost = self._buffer.close()
+        self._scratch.cleanup()
         if lost:
             said.append(f"{lost} things for MLflow were lost: {self._buffer.folder} cannot be written")
         elif left:
@@ -239,9 +240,10 @@ class Tracker:
 
     def _open_buffer(self) -> None:
         """Open the buffer; one of another MLflow run is put aside."""
-        known = read_json(self._buffer.folder / STATE).get("run_id")
+        folder = self._buffer.folder
+        known = read_json(folder / STATE).get("run_id")
         if known is not None and known != self.run_id:
-            self._buffer.folder.rename(self._buffer.folder.with_name(f"{self._buffer.folder.name}-{known}"))
+            folder.rename(folder.with_name(f"{folder.name}-{known}"))
         self._buffer.open()
         self._buffer.remember(opened=self._buffer.state.get("opened", 0) + 1)
 
@@ -282,6 +284,13 @@ class Tracker:
         """The address as one can find it from any working directory."""
         is_file = self.uri.startswith("sqlite:///") and "?" not in self.uri
         return f"sqlite:///{sqlite_path(self.uri)}" if is_file else self.uri
+
+    def _kept(self, path: Path, name: str) -> str:
+        """The place of a file's copy in the buffer; its own, where the disk does not take one."""
+        try:
+            return self._buffer.keep_file(path, name)
+        except OSError:
+            return str(path)
 
     def _put(self, entry: dict[str, Any]) -> None:
         self._refuse_unless_started(words(entry))

@@ -137,13 +137,22 @@ class Buffer:
         return next(self.left(), None) is None
 
     def keep_file(self, source: Path, name: str) -> str:
-        """Move a file or folder in, for an entry that is to follow; its path relative to the buffer's folder."""
+        """Copy a file or folder in, for an entry that is to follow; its path relative to the buffer's folder.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
         with self._lock:
             target = self.folder / FILES / name
+            aside = target.with_name(target.name + ".partial")
             target.parent.mkdir(parents=True, exist_ok=True)
-            if target.is_dir():
-                shutil.rmtree(target)
-            shutil.move(source, target)
+            if source.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.copytree(source, aside)
+                shutil.rmtree(target, ignore_errors=True)
+            else:
+                shutil.copy2(source, aside)
+            aside.replace(target)
             return str(target.relative_to(self.folder))
 
     def close(self) -> int:

@@ -5,7 +5,6 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from cluster.errors import ClusterError
 from cluster.tracking_buffer import BUFFER, LANES, STATE, Buffer, Position
 from cluster.tracking_client import REFUSED, batches, client_of, first_line, open_run, reason, refusal_named, set_tags
-from cluster.tracking_entries import in_words, num_rows, words
+from cluster.tracking_entries import in_words, lane_of, num_rows, words
 from cluster.tracking_uri import check_uri, shown
 
 METRICS_PER_BATCH = 1000  # MLflow's own limit
@@ -86,9 +85,12 @@ class _Writer(threading.Thread):
         while not is_last:
             is_last = self.closing.wait(FLUSH_SECONDS)
             self._buffer.sync()
-            while not self.given_up.is_set() and (waiting := self._buffer.waiting(self._lane, METRICS_PER_BATCH)):
-                together = list(takewhile(lambda item: item[0]["kind"] in TOGETHER, waiting))
-                self._bring(together or waiting[:1])
+            try:
+                while not self.given_up.is_set() and (waiting := self._buffer.waiting(self._lane, METRICS_PER_BATCH)):
+                    together = list(takewhile(lambda item: item[0]["kind"] in TOGETHER, waiting))
+                    self._bring(together or waiting[:1])
+            except OSError as error:  # the buffer cannot be read for the moment
+                self.trouble = error
 
     def _bring(self, group: list[tuple[dict[str, Any], Position]]) -> None:
         """Have MLflow take these, or refuse them for good; they stay in the buffer if neither comes to pass."""
@@ -167,8 +169,8 @@ class Sent:
     trouble: str = ""
 
 
-def send_rest(run_dir: Path, uri: str | None = None, patience_s: float = NO_PROGRESS_SECONDS) -> Sent:
-    """Send what a run's buffer holds.
+def send_rest(run_dir: Path, uri: str | None = None, patience_s: float = NO_PROGRESS_SECONDS) -> list[Sent]:
+    """Send what a run's buffer holds, and what those of MLflow runs that its folder had before hold.
 
     Args:
         run_dir: folder of the run, which must not be going on.
@@ -178,13 +180,16 @@ def send_rest(run_dir: Path, uri: str | None = None, patience_s: float = NO_PROG
     Raises:
         ClusterError: the folder has no buffer, the run goes on, the server does not answer or does not know the run.
     """
-    folder = Path(run_dir) / BUFFER
-    if not (folder / STATE).is_file():
+    folders = [path.parent for path in sorted(Path(run_dir).glob(f"{BUFFER}*/{STATE}"))]
+    if not folders:
         raise ClusterError(f"RUN_DIR={run_dir} holds nothing for MLflow; give the folder of a run, such as runs/NAME")
-    buffer = Buffer(folder)
+    return [_send_one(Buffer(folder), uri, patience_s) for folder in folders]
+
+
+def _send_one(buffer: Buffer, uri: str | None, patience_s: float) -> Sent:
     buffer.open()
     try:
-        place, run_id = uri or buffer.state["uri"], buffer.state.get("run_id")
+        run_id, place = buffer.state.get("run_id"), uri or buffer.state.get("uri", "")
         before = list(buffer.left())
         if not before or run_id is None:
             return Sent(shown(place), "", "")
@@ -196,11 +201,19 @@ def send_rest(run_dir: Path, uri: str | None = None, patience_s: float = NO_PROG
         writers.close_patiently(patience_s)
         left = list(buffer.left())
         trouble = reason(writers.trouble) if left else ""
-        sent = _without([entry for entry in before if entry not in left], writers.refused)
+        sent = [
+            entry for lane in LANES for entry in _first_of(lane, before, left) if not _is_in(writers.refused, entry)
+        ]
         return Sent(shown(place), in_words(sent), in_words(left), writers.refused, trouble)
     finally:
         buffer.close()
 
 
-def _without(entries: list[dict[str, Any]], refused: list[str]) -> list[Mapping[str, Any]]:
-    return [entry for entry in entries if not any(line.startswith(f"{words(entry)}:") for line in refused)]
+def _first_of(lane: str, before: list[dict[str, Any]], left: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A lane's entries that are gone: it is sent in its order."""
+    own = [entry for entry in before if lane_of(entry) == lane]
+    return own[: len(own) - sum(lane_of(entry) == lane for entry in left)]
+
+
+def _is_in(refused: list[str], entry: dict[str, Any]) -> bool:
+    return any(line.startswith(f"{words(entry)}:") for line in refused)

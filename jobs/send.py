@@ -13,14 +13,14 @@ def run(run_dir: str, uri: str | None) -> int:
 
     Raises ClusterError for a folder that is no run's, a run that goes on, and a server that does not answer.
     """
-    done = send_rest(Path(run_dir), uri)
-    if not (done.sent or done.left or done.refused):
-        print(f"nothing is left to send: {done.uri} has all of {run_dir}")
-        return 0
-    if done.sent:
-        print(f"sent to {done.uri}: {done.sent}")
-    for line in done.refused:
-        print(f"refused by {done.uri}: {line}", file=sys.stderr)
-    if done.left:
-        print(f"still left ({done.trouble}): {done.left}; give the command again later", file=sys.stderr)
-    return 1 if done.left or done.refused else 0
+    outcomes = send_rest(Path(run_dir), uri)
+    if not any(each.sent or each.left or each.refused for each in outcomes):
+        print(f"nothing is left to send: {outcomes[0].uri} has all of {run_dir}")
+    for each in outcomes:
+        if each.sent:
+            print(f"sent to {each.uri}: {each.sent}")
+        for line in each.refused:
+            print(f"refused by {each.uri}: {line}", file=sys.stderr)
+        if each.left:
+            print(f"still left ({each.trouble}): {each.left}; give the command again later", file=sys.stderr)
+    return 1 if any(each.left or each.refused for each in outcomes) else 0
