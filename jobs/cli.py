@@ -207,6 +207,20 @@ def study(options: argparse.Namespace) -> int:
     return run(options.name, options.rest)
 
 
+def register(options: argparse.Namespace) -> int:
+    """Put a checkpoint's model into MLflow's registry."""
+    from jobs.register import run
+
+    return run(options.checkpoint, options.name, options.uri)
+
+
+def send(options: argparse.Namespace) -> int:
+    """Send what a run could not tell MLflow."""
+    from jobs.send import run
+
+    return run(options.run_dir, options.uri)
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Show what this machine has and lacks."""
     from jobs.doctor import run
@@ -225,6 +239,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "profile": profile,
     "bench": bench,
     "study": study,
+    "register": register,
+    "send": send,
     "doctor": doctor,
     **submission.VERBS,
 }
@@ -318,6 +334,15 @@ def build_parser() -> Parser:
     each.add_argument("name", metavar="NAME", help=own)
 
     submission.add_parsers(add)
+
+    each = add("register", "put a checkpoint's model into MLflow's registry, as its next version")
+    each.add_argument("checkpoint", metavar="CHECKPOINT", help=where)
+    each.add_argument("name", metavar="NAME", help="the registered model's name")
+    each.add_argument("--uri", metavar="URI", help="an MLflow server or file (default: where its run was recorded)")
+
+    each = add("send", "send what a run could not tell MLflow while it went on")
+    each.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, <run.dir>/<run.name>")
+    each.add_argument("--uri", metavar="URI", help="where the MLflow server is now (default: where it was)")
 
     each = add("doctor", "show what this machine has, what is missing and how to get it")
     each.add_argument("--deep", action="store_true", help="start Ray and write to an MLflow store, too")

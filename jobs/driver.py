@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -25,10 +24,10 @@ from cluster.launch import WorkersFailed, run_workers
 from cluster.session import RaySession
 from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker
-from jobs.checkpoint_folder import model_folder
 from jobs.console import RunLine
 from jobs.progress import read_metrics
 from jobs.recipe import RESOLVED_RECIPE, Recipe
+from jobs.worker_recipe import recipe_for_workers
 from mmada.errors import DataError
 
 
@@ -200,6 +199,8 @@ class Driver:
             )
             with session, RunMetrics(self.recipe.run.name, self.verb, self.kinds) as self.exported:
                 mlflow_run_id = self.tracker.start(self.recipe.sections())
+                if reason := self.tracker.waits_because:
+                    line.say(f"mlflow   {reason}; the run goes on, and what it reports is kept and sent later")
                 (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
                 self._remember(mlflow_run_id=mlflow_run_id, data=self.fingerprint)
                 self.tracked = self.tracker.steps_of(self.tracked_metric)
@@ -367,32 +368,6 @@ class Driver:
     def _remember(self, **values: Any) -> None:
         self.state |= values
         _write_json(self.state_file, self.state)
-
-
-def recipe_for_workers(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with the folders that it names absolute: workers have a working directory of their own."""
-    values = recipe.model_dump()
-    named = [("data", "tokenizer"), ("data", "path"), ("model", "entropy_model"), ("train", "start_from")]
-    for section, key in [*named, ("ppo", "start_from")]:
-        name = (values[section] or {}).get(key)
-        if name is not None and (folder := Path(name).expanduser()).exists():
-            values[section][key] = str(folder.resolve())
-    places = [(values["objectives"] or {}, "safety_reference")]
-    for source in (values["data"]["sources"] or {}).values():
-        places += [(source, "path"), (source, "difficulty_model")]
-    for place, key in places:
-        if place.get(key) is not None and (folder := Path(place[key]).expanduser()).exists():
-            place[key] = str(folder.resolve())
-    for part in (values["reward"] or {}).get("parts", ()):
-        if part["kind"] == "model":
-            part["name"] = str(model_folder(part["name"]).resolve())
-    return values
-
-
-def only_cpus(recipe: dict[str, Any]) -> None:
-    """In a worker without GPUs of its own, before torch is imported: leave those that others use alone."""
-    if not recipe["cluster"]["gpus_per_worker"]:
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 def shown_path(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from cluster.actor_pool import ActorPool, ActorResources, PoolEvent
 from cluster.errors import ClusterError
 from cluster.exchange import Exchange
-from jobs.driver import Driver, RunRecord, only_cpus, recipe_for_workers, start
+from jobs.driver import Driver, RunRecord, start
 from jobs.learned_problems import check_unseen
 from jobs.recipe import Recipe
 from jobs.rl.evaluation_loop import EvaluationLoop
@@ -27,6 +27,7 @@ from jobs.rl.reward_worker import RewardWorker
 from jobs.rl.rollout_loop import RolloutLoop
 from jobs.rl.rollout_worker import RolloutWorker, Trajectory
 from jobs.task_source import load_recipe_tasks
+from jobs.worker_recipe import only_cpus, recipe_for_workers
 from mmada.data import load_tokenizer
 from mmada.data.tasks import TaskSet
 from mmada.plots.reward_curve import reward_curve

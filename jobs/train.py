@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs.calibration import reliability_figures
-from jobs.driver import Driver, RunRecord, only_cpus, start
+from jobs.driver import Driver, RunRecord, start
 from jobs.objectives.objective import Objective
 from jobs.objectives.registry import prepare_objective
 from jobs.recipe import Recipe
 from jobs.stage_spans import StageSpan, closing, opening, stage_spans
+from jobs.worker_recipe import only_cpus
 from mmada.plots.learning_curve import mark_stages
 
 

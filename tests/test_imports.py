@@ -20,7 +20,7 @@ FORBIDDEN = {
 # package -> where alone it is imported. The benches measure other libraries and may import what they measure.
 ONLY_IN = {
     "deepspeed": ("cluster/engine.py", "jobs/bench/"),
-    "mlflow": ("cluster/tracking.py",),
+    "mlflow": ("cluster/tracking",),
 }
 
 

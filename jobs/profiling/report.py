@@ -38,8 +38,11 @@ def publish(profile: Profile, tracker: Tracker, terminal: TextIO, scratch: Path,
     tracker.figure("profile", figure(profile))
     for name in ("profile.txt", "profile.json"):
         tracker.artifact(scratch / name)
-    for problem in tracker.finish("done"):
+    problems = tracker.finish("done")
+    for problem in problems:
         print(problem, file=terminal)
+    if not problems:
+        tracker.forget()
     print(f"recorded as {tracker.run_name} in {tracker.uri}", file=terminal)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cluster.terminal import quiet_terminal
-from cluster.tracking import Tracker
+from cluster.tracking import BUFFER, Tracker
 from jobs.bench.counting import Kept, count_flops, count_kept
 from jobs.bench.measuring import in_turns, torch_threads
 from jobs.model_building import build_model, model_config
@@ -111,7 +111,9 @@ def run(recipe: Recipe, rounds: int, json_file: Path | None = None) -> int:
         )
     check_run_dir(recipe)
     tracking = recipe.tracking
-    tracker = Tracker(tracking.uri, tracking.experiment, recipe.run_dir, f"{recipe.run.name}-profile")
+    name = f"{recipe.run.name}-profile"
+    buffer = recipe.run_dir.with_name(name) / BUFFER  # run.dir stays free for the run itself
+    tracker = Tracker(tracking.uri, tracking.experiment, recipe.run_dir, name, buffer=buffer)
     if tracking.uri is None:
         recipe.run_dir.parent.mkdir(parents=True, exist_ok=True)  # the file that is used without a server lies there
     with (

@@ -76,7 +76,10 @@ class Sweep:
                 gpus_per_worker=cluster.gpus_per_worker,
                 log_dir=self.run_dir / "logs",
                 timeout_s=cluster.start_timeout,
-                **self._extra(),
+                extra_cpus=self._extra()[0],
+                extra_gpus=self._extra()[1],
+                queue_timeout_s=cluster.queue_timeout,
+                on_wait=screen.wait,
             ) as session:
                 self.book = Book(self.run_dir)
                 self.tracker = self._make_tracker()
@@ -180,15 +183,13 @@ class Sweep:
             return 1
         return min(self.settings.max_concurrent or local_room(self.recipe, self.settings.verb), self.search.trials)
 
-    def _extra(self) -> dict[str, float]:
-        """Of rollout actors, and of the controllers that each further trial has."""
+    def _extra(self) -> tuple[float, float]:
+        """CPUs and GPUs of rollout actors, and of the controllers that each further trial has."""
         own, count = self.recipe.ppo, self._at_once()
         if self.settings.verb != "ppo" or own is None:
-            return {"extra_cpus": float(count - 1)}
-        return {
-            "extra_cpus": count * own.rollout_workers * own.rollout_cpus + count - 1,
-            "extra_gpus": count * own.rollout_workers * own.rollout_gpus,
-        }
+            return float(count - 1), 0.0
+        actors = count * own.rollout_workers
+        return actors * own.rollout_cpus + count - 1, float(actors * own.rollout_gpus)
 
     def _concurrent(self) -> int:
         """Trials at a time: as told, or as many as there is room for."""
@@ -274,7 +275,7 @@ class Sweep:
 
 def room_for_trials(nodes: list[dict[str, Any]], recipe: Any, verb: str) -> int:
     """How many trials of a recipe fit at once on these nodes (what ``ray.nodes()`` says), at least one."""
-    from cluster.session import places
+    from cluster.places import places
 
     own = recipe.cluster
     by_workers = places(nodes, own.cpus_per_worker, own.gpus_per_worker) // own.workers

@@ -109,7 +109,7 @@ class _Trial:
 
     def _tell_again(self, run_dir: Path) -> None:
         """Evaluations of an earlier start that Tune has not heard of: the process ended with them in hand."""
-        for row in read_metrics(run_dir, up_to=self.channel.restored["step"] if self._is_takeover else sys.maxsize):
+        for row in read_metrics(run_dir, up_to=sys.maxsize):
             if row["step"] > self.known:
                 self._heard(row)
 

@@ -28,3 +28,22 @@ def test_a_run_stands_under_another_and_stays_there(tmp_path):
     assert "mlflow.parentRunId" not in client.get_run(parent).data.tags
     below = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert [found.info.run_id for found in below] == [run_id]
+
+
+def test_a_parameter_that_changes_is_a_curve_and_its_newest_value(tmp_path):
+    tracker = Tracker(None, "tree", tmp_path / "run", "run")
+    run_id = tracker.start({"train": {"learning_rate": 0.1}})
+    tracker.changed(5, {"train.learning_rate": 0.2, "model.preset": "tiny", "train.resume": True})
+    tracker.changed(9, {"train.learning_rate": 0.16})
+    assert tracker.finish("done") == []
+    client = MlflowClient(tracking_uri=tracker.uri)
+    run = client.get_run(run_id)
+    assert run.data.params == {"train.learning_rate": "0.1"}
+    assert {name: value for name, value in run.data.tags.items() if name.startswith("changed.")} == {
+        "changed.train.learning_rate": "0.16",
+        "changed.model.preset": "tiny",
+        "changed.train.resume": "True",
+    }
+    history = client.get_metric_history(run_id, "changed.train.learning_rate")
+    assert [(point.step, point.value) for point in history] == [(5, 0.2), (9, 0.16)]
+    assert [name for name in run.data.metrics if not name.startswith("system/")] == ["changed.train.learning_rate"]

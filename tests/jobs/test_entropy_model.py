@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from jobs.driver import recipe_for_workers
 from jobs.entropy_model import sample_entropies, settle_threshold
 from jobs.model_building import build_model
 from jobs.plan import model_size, stage_memory
 from jobs.recipe import Recipe, RecipeError, load_recipe
 from jobs.recipe_checks import check, checked_config
+from jobs.worker_recipe import recipe_for_workers
 from mmada.model import MMaDAForCausalLM
 from mmada.nn.patches.boundaries import mean_patch_size
 from mmada.presets import build_config

@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from jobs import cli
-from jobs.driver import recipe_for_workers
 from jobs.learned_problems import learned_questions
 from jobs.objectives.mixture import MixtureObjective
 from jobs.objectives.registry import prepare_objective
 from jobs.plan import batch_arithmetic
 from jobs.recipe import RESOLVED_RECIPE, Recipe, RecipeError, load_recipe
+from jobs.worker_recipe import recipe_for_workers
 from mmada.errors import DataError
 from tests.jobs.test_recipe_stages import read, with_changes
 from tests.jobs.workers import run_all
