@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError
+from cluster.exported_metrics import SweepMetrics
 from cluster.search import SearchSettings, run_search
 from cluster.session import RaySession
 from cluster.terminal import quiet_terminal
@@ -89,7 +90,8 @@ class Sweep:
                 screen.say(f"trials   {concurrent} at a time, {search.metric} is to be {_extreme(search.mode)}")
                 error: BaseException | None = None
                 try:
-                    self._search(concurrent, session.gcs_address)
+                    with SweepMetrics(self.recipe.run.name, search.metric) as self.exported:
+                        self._search(concurrent, session.gcs_address)
                 except (KeyboardInterrupt, ClusterError, SystemExit) as ended:
                     error = ended
                 except Exception as unexpected:
@@ -119,6 +121,7 @@ class Sweep:
     def reported(self, trial: str, report: dict[str, Any]) -> None:
         """An evaluation, or a trial's last word."""
         self.book.report(trial, report, self.search.metric)
+        self._export()
         self.screen.refresh(self.book)
 
     def ended(self, trial: str, drawn: dict[str, Any], error: str | None) -> None:
@@ -126,6 +129,7 @@ class Sweep:
         if self.book.find(trial) is None:
             self.started(trial, drawn)
         entry = self.book.end(trial, error)
+        self._export()
         self.screen.ended(self.book, entry)
         best = self.book.best(self.search.mode)
         done = len(self.book.with_status("done", "stopped", "failed"))
@@ -134,6 +138,14 @@ class Sweep:
         self.tracker.log(done, {"trials.done": len(self.book.with_status("done"))})
 
     # The pieces.
+
+    def _export(self) -> None:
+        """What Prometheus sees of the sweep."""
+        counts = {each: len(self.book.with_status(each)) for each in ("running", "done", "stopped", "failed")}
+        self.exported.trials(pending=max(0, self.search.trials - sum(counts.values())), **counts)
+        best = self.book.best(self.search.mode)
+        if best is not None and best.value is not None:
+            self.exported.best(best.value)
 
     def _search(self, concurrent: int, address: str | None) -> None:
         search, own = self.search, self.settings
