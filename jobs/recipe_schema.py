@@ -184,7 +184,7 @@ class ClusterSection(Section):
     """Workers over which one set of experts is split."""
 
     max_failures: Annotated[int, Field(ge=0)] = 0
-    """Deaths of a worker, or of a node with all of its workers, after which the run goes on from its last checkpoint."""
+    """Deaths of workers, one or a whole node of them, after which the run goes on from its last checkpoint."""
 
     min_workers: Positive | None = None
     """Fewest workers that it may go on with when the cluster has room for no more; null: no fewer than ``workers``."""
