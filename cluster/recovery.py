@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# By then what the failed workers held has been given back, and room is what it is.
+SETTLED_S = 3.0
+
 
 @dataclass(frozen=True)
 class Status:
@@ -78,8 +81,9 @@ def decide(status: Status, policy: Policy) -> Decision:
     1. A run that has failed too often ends.
     2. While it is in doubt whether a node is there, nothing is started that might be placed on it.
     3. Where all workers have room, all of them start again, also after a time with fewer.
-    4. Fewer than before are never taken before the time for a node to come back is over.
-    5. Then as many as there is room for, out of the numbers that are allowed.
+    4. As many as failed, or more, start again when it is certain that there is no room for all.
+    5. Fewer than failed are not taken before the time for a node to come back is over; then as many as there is room
+       for, out of the numbers that are allowed.
     """
     wanted = max(policy.sizes)
     has_time = status.waited_s < policy.timeout_s
@@ -88,9 +92,9 @@ def decide(status: Status, policy: Policy) -> Decision:
     if status.in_doubt and has_time:
         return Wait()
     fitting = [size for size in policy.sizes if size <= status.room]
-    if fitting and max(fitting) >= status.workers:
+    if wanted in fitting or (fitting and max(fitting) >= status.workers and status.waited_s >= SETTLED_S):
         return Restart(max(fitting))
-    if has_time:
+    if has_time or status.waited_s < SETTLED_S:
         return Wait()
     if fitting:
         return Shrink(max(fitting))
