@@ -8,7 +8,6 @@ from cluster.nodes import on_this_node, survey
 from cluster.recovery import Policy, Restart, Shrink
 from cluster.supervision import NodesLost, Waiting, supervise
 
-
 EACH = 0.25  # CPUs of a worker
 
 
