@@ -168,7 +168,7 @@ def test_a_wrong_recipe_is_refused_in_one_line(
 
 WRONG_COMMANDS = [
     (["trian", "debug"], ["verb=trian", "did you mean train?"]),
-    (["fly"], ["verb=fly", "use train, ppo, plan"]),
+    (["fly"], ["verb=fly", "use train, ppo, tune"]),
     (["train"], ["RECIPE is missing", "see mmada train --help"]),
     (["train", "debgu"], ["recipe=debgu", "did you mean debug?"]),
     (["train", "no/such.yaml"], ["recipe=no/such.yaml", "give a YAML file, or backbone-all"]),
