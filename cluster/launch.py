@@ -178,7 +178,7 @@ class _Listener(threading.Thread):
                 continue
             except ray.exceptions.RayError:
                 return  # Ray itself is going down, and the run with it
-            if message["kind"] == "controller":
+            if message.get("kind") == "controller":
                 self.controller = message["actor"]
             else:
                 self._call(self._on_message, message)
