@@ -21,12 +21,16 @@ from cluster.checkpoints import CheckpointStore
 from cluster.errors import ClusterError, Stopped
 from cluster.exported_metrics import RunMetrics
 from cluster.launch import WorkersFailed, run_workers
+from cluster.recovery import Policy
 from cluster.session import RaySession
+from cluster.supervision import Event, supervise
 from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker
 from jobs.console import RunLine
 from jobs.progress import read_metrics
 from jobs.recipe import RESOLVED_RECIPE, Recipe
+from jobs.setbacks import Setbacks, counted
+from jobs.shrinking import possible_workers
 from jobs.worker_recipe import recipe_for_workers
 from mmada.errors import DataError
 
@@ -114,6 +118,7 @@ class Driver:
                 f"{source} no longer gives what run.name={recipe.run.name} began with "
                 f"(its fingerprint was {self.state['data']}); restore it, or choose another run.name"
             )
+        self.setbacks = Setbacks(recipe.cluster.workers, self.state.get("restarts", 0))
         if self.state:  # what is known of a run that goes on, should nothing more be heard of it
             for row in read_metrics(run_dir, up_to=sys.maxsize):
                 self.record.add(row)
@@ -140,6 +145,10 @@ class Driver:
     def worker_config(self) -> dict[str, Any]:
         """Plain values for the workers, beside the recipe and the run's folder."""
         return {}
+
+    def resized(self, recipe: Recipe, workers: int) -> Recipe:
+        """The recipe for fewer workers, or the same. Raises RecipeError where so many cannot do it."""
+        raise NotImplementedError
 
     @contextmanager
     def beside_the_workers(self) -> Iterator[None]:
@@ -227,29 +236,15 @@ class Driver:
 
     def _run_workers(self) -> BaseException | None:
         cluster = self.recipe.cluster
-        attempt = self.state.get("attempts", 0) + 1
-        self._remember(attempts=attempt)
-        plural = "s" if cluster.workers > 1 else ""
-        resources = {"CPU": cluster.cpus_per_worker}
-        if cluster.gpus_per_worker:
-            resources["GPU"] = cluster.gpus_per_worker
+        sizes = possible_workers(self.recipe, self.resized)
         try:
             with self.beside_the_workers():
-                self.line.wait(f"starting {cluster.workers} worker{plural} …")
-                run_workers(
-                    self.work(),
-                    {
-                        "recipe": recipe_for_workers(self.recipe),
-                        "run_dir": str(self.run_dir),
-                        **self.worker_config(),
-                    },
-                    workers=cluster.workers,
-                    resources_per_worker=resources,
-                    backend="nccl" if cluster.gpus_per_worker else "gloo",
-                    attempt_dir=self.run_dir / "ray" / f"attempt-{attempt}",
-                    max_failures=cluster.max_failures,
-                    on_message=self._hear,
-                    on_silence=self._silence,
+                supervise(
+                    self._attempt,
+                    Policy(cluster.max_failures, sizes, cluster.node_timeout),
+                    cpus_per_worker=cluster.cpus_per_worker,
+                    gpus_per_worker=cluster.gpus_per_worker,
+                    tell=self._tell_of_setback,
                 )
         except (WorkersFailed, ClusterError, KeyboardInterrupt, Stopped) as error:
             return error
@@ -262,6 +257,38 @@ class Driver:
     def _stop_if_told(self) -> None:
         if self.stop is not None and self.stop.is_set():
             raise Stopped("told to stop")
+
+    def _attempt(self, workers: int) -> None:
+        """Run so many workers to the end of the run, or until one fails."""
+        cluster = self.recipe.cluster
+        attempt = self.state.get("attempts", 0) + 1
+        self._remember(attempts=attempt)
+        resources = {"CPU": cluster.cpus_per_worker}
+        if cluster.gpus_per_worker:
+            resources["GPU"] = cluster.gpus_per_worker
+        self.line.wait(f"starting {counted(workers, 'worker')} …")
+        run_workers(
+            self.work(),
+            {
+                "recipe": recipe_for_workers(self.resized(self.recipe, workers)),
+                "run_dir": str(self.run_dir),
+                **self.worker_config(),
+            },
+            workers=workers,
+            resources_per_worker=resources,
+            backend="nccl" if cluster.gpus_per_worker else "gloo",
+            attempt_dir=self.run_dir / "ray" / f"attempt-{attempt}",
+            max_failures=0,
+            on_message=self._hear,
+            on_silence=self._silence,
+        )
+
+    def _tell_of_setback(self, event: Event) -> None:
+        """Something was lost, or the run goes on after a loss."""
+        self.line.say(self.setbacks.words(event))
+        if tags := self.setbacks.tags(event):
+            self._remember(restarts=self.setbacks.restarts)
+            self.tracker.tag(tags)
 
     def _hear(self, message: dict[str, Any]) -> None:
         """A message from the workers, in the listening thread."""
@@ -339,6 +366,8 @@ class Driver:
             "metrics": self.record.metrics,
             "mlflow_run_id": self.state["mlflow_run_id"],
             "checkpoint": self.record.checkpoint,
+            "workers": self.setbacks.workers,
+            "restarts": self.setbacks.restarts,
             **self.summary(error is None),
         }
         if error:

@@ -26,6 +26,7 @@ from jobs.rl.policy_source import REFERENCE, write_reference
 from jobs.rl.reward_worker import RewardWorker
 from jobs.rl.rollout_loop import RolloutLoop
 from jobs.rl.rollout_worker import RolloutWorker, Trajectory
+from jobs.shrinking import ppo_for
 from jobs.task_source import load_recipe_tasks
 from jobs.worker_recipe import only_cpus, recipe_for_workers
 from mmada.data import load_tokenizer
@@ -120,6 +121,10 @@ class PPORun(Driver):
     def worker_config(self) -> dict[str, Any]:
         """Where batches come from."""
         return {"exchange": self.exchange}
+
+    def resized(self, recipe: Recipe, workers: int) -> Recipe:
+        """The same minibatches, shared by fewer learners."""
+        return ppo_for(recipe, workers)
 
     @contextmanager
     def beside_the_workers(self) -> Iterator[None]:

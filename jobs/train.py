@@ -11,6 +11,7 @@ from jobs.driver import Driver, RunRecord, start
 from jobs.objectives.objective import Objective
 from jobs.objectives.registry import prepare_objective
 from jobs.recipe import Recipe
+from jobs.shrinking import training_for
 from jobs.stage_spans import StageSpan, closing, opening, stage_spans
 from jobs.worker_recipe import only_cpus
 from mmada.plots.learning_curve import mark_stages
@@ -89,6 +90,10 @@ class TrainingRun(Driver):
         """Where prepared text is, if there is any."""
         prepared = self.objective.prepared
         return {"prepared": None if prepared is None else str(prepared)}
+
+    def resized(self, recipe: Recipe, workers: int) -> Recipe:
+        """The same batches, shared by fewer."""
+        return training_for(recipe, workers)
 
     def words(self, row: dict[str, Any]) -> list[str]:
         """Loss, the held-out figure, speed."""
