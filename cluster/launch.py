@@ -32,7 +32,6 @@ REPORT_INTERVAL_S = 2.5
 # A worker group that finds no room within Ray Train's minute is tried this often before the run fails.
 START_ATTEMPTS = 3
 _ABORT_TIMEOUT_S = 30.0
-_NAMED = ("ClusterError", NotShared.__name__)
 
 
 class _Forward(UserCallback):
@@ -124,10 +123,10 @@ def run_workers(
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
         # One worker's full disk is the others' lost connection: what was named comes before what followed from it.
-        named = [rank for rank in sorted(failures) if any(name in str(failures[rank]) for name in _NAMED)]
+        named = [rank for rank in sorted(failures) if isinstance(failures[rank], ClusterError)]
         first = failures[named[0] if named else min(failures)] if failures else error
         failed = WorkersFailed(_last_line(first))
-        failed.is_final = NotShared.__name__ in str(first)
+        failed.is_final = isinstance(first, NotShared)
         raise failed from error
     except ray.exceptions.RayError as error:  # the cluster went away under the run
         raise RayLost(f"Ray was lost: {_last_line(error)}") from error

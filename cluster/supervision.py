@@ -40,12 +40,13 @@ def supervise(
     cpus_per_worker: float,
     gpus_per_worker: float,
     tell: Callable[[Event], None],
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> None:
     """``attempt(workers)`` until one of them comes to its end.
 
     The first is made with the largest of ``policy.sizes``, the others as ``decide`` says; ``tell`` gets what has
-    happened and what follows from it, before it is done. Raises WorkersFailed: what the last attempt raised, or why
-    there was none.
+    happened and what follows from it, before it is done; ``while_waiting`` is called twice a second between attempts
+    and may raise. Raises WorkersFailed: what the last attempt raised, or why there was none.
     """
     workers, failures = max(policy.sizes), 0
     while True:
@@ -58,7 +59,7 @@ def supervise(
             failures += 1
             if error.is_final:
                 raise
-            recovery = _Recovery(policy, before, cpus_per_worker, gpus_per_worker, tell)
+            recovery = _Recovery(policy, before, cpus_per_worker, gpus_per_worker, tell, while_waiting)
             decision = recovery.settle(failures, workers)
             if isinstance(decision, Stop):
                 if decision.reason is None:
@@ -78,8 +79,9 @@ class _Recovery:
         cpus_per_worker: float,
         gpus_per_worker: float,
         tell: Callable[[Event], None],
+        while_waiting: Callable[[], None],
     ) -> None:
-        self.policy, self.before, self.tell = policy, before, tell
+        self.policy, self.before, self.tell, self.while_waiting = policy, before, tell, while_waiting
         self.per_worker = cpus_per_worker, gpus_per_worker
         self.lost: set[str] = set()
         self.has_told_of_waiting = False
@@ -98,6 +100,7 @@ class _Recovery:
             if room < workers and is_worth_a_word and not self.has_told_of_waiting:
                 self.has_told_of_waiting = True
                 self.tell(Waiting(room, self.policy.timeout_s - waited_s))
+            self.while_waiting()
             time.sleep(_LOOK_EVERY_S)
 
     def _tell_of_losses(self, now: Survey) -> None:

@@ -6,7 +6,6 @@ A kind of run (``jobs.train``, ``jobs.ppo``) says what it learns from, what its 
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import shutil
 import sys
@@ -29,6 +28,7 @@ from cluster.tracking import Tracker
 from jobs.console import RunLine
 from jobs.progress import read_metrics
 from jobs.recipe import RESOLVED_RECIPE, Recipe
+from jobs.run_record import RunRecord
 from jobs.setbacks import Setbacks, counted
 from jobs.shrinking import possible_workers
 from jobs.worker_recipe import recipe_for_workers
@@ -44,33 +44,6 @@ class TrackedAs:
     parent: str
     identity: str
     tags: dict[str, Any]
-
-
-class RunRecord:
-    """What the driver has heard so far; the stuff of ``summary.json``."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.metrics: dict[str, float] = {}  # what the summary says at last
-        self.curves: dict[str, dict[int, float]] = {}  # every metric by step
-        self.checkpoint: str | None = None
-        self.tokens = 0
-        self.training_seconds = 0.0
-
-    def add(self, row: dict[str, Any]) -> dict[str, float]:
-        """Take in one step; its metrics with ``tokens_per_second``."""
-        step = self.steps = row["step"]
-        self.checkpoint = row.get("checkpoint", self.checkpoint)
-        kept = {k: v for k, v in row.items() if k not in ("step", "checkpoint", "tokens")}
-        metrics = {name: value for name, value in kept.items() if math.isfinite(value)}
-        metrics["tokens_per_second"] = row["tokens"] / row["step_seconds"]
-        if step not in self.curves.get("tokens_per_second", {}):  # a step done twice counts once
-            self.tokens += row["tokens"]
-            self.training_seconds += row["step_seconds"]
-        for name, value in metrics.items():
-            self.curves.setdefault(name, {})[step] = value
-        self.metrics["tokens_per_second"] = self.tokens / self.training_seconds
-        return metrics
 
 
 def start(recipe: Recipe, make: Callable[[Path], Driver]) -> int:
@@ -245,6 +218,7 @@ class Driver:
                     cpus_per_worker=cluster.cpus_per_worker,
                     gpus_per_worker=cluster.gpus_per_worker,
                     tell=self._tell_of_setback,
+                    while_waiting=self._stop_if_told,
                 )
         except (WorkersFailed, ClusterError, KeyboardInterrupt, Stopped) as error:
             return error

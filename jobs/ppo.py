@@ -17,7 +17,7 @@ from typing import Any
 from cluster.actor_pool import ActorPool, ActorResources, PoolEvent
 from cluster.errors import ClusterError
 from cluster.exchange import Exchange
-from jobs.driver import Driver, RunRecord, start
+from jobs.driver import Driver, start
 from jobs.learned_problems import check_unseen
 from jobs.recipe import Recipe
 from jobs.rl.evaluation_loop import EvaluationLoop
@@ -26,6 +26,7 @@ from jobs.rl.policy_source import REFERENCE, write_reference
 from jobs.rl.reward_worker import RewardWorker
 from jobs.rl.rollout_loop import RolloutLoop
 from jobs.rl.rollout_worker import RolloutWorker, Trajectory
+from jobs.run_record import RunRecord
 from jobs.shrinking import ppo_for
 from jobs.task_source import load_recipe_tasks
 from jobs.worker_recipe import only_cpus, recipe_for_workers

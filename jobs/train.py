@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.calibration import reliability_figures
-from jobs.driver import Driver, RunRecord, start
+from jobs.driver import Driver, start
 from jobs.objectives.objective import Objective
 from jobs.objectives.registry import prepare_objective
 from jobs.recipe import Recipe
+from jobs.run_record import RunRecord
 from jobs.shrinking import training_for
 from jobs.stage_spans import StageSpan, closing, opening, stage_spans
 from jobs.worker_recipe import only_cpus
