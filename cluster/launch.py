@@ -58,6 +58,8 @@ class _Forward(UserCallback):
 
 
 def _last_line(error: BaseException) -> str:
+    if isinstance(error, ray.exceptions.ActorUnavailableError):  # its own text is about connections of Ray's
+        return "its process or its node does not answer"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.launch import RayLost, WorkersFailed
@@ -31,6 +31,11 @@ class Waiting:
 
 
 Event = NodesLost | Waiting | Restart | Shrink
+
+
+def lost_words(names: Sequence[str]) -> str:
+    """``node 10.0.0.2 lost``."""
+    return f"node{'s' * (len(names) > 1)} {', '.join(sorted(names))} lost"
 
 
 def supervise(
@@ -64,7 +69,8 @@ def supervise(
             if isinstance(decision, Stop):
                 if decision.reason is None:
                     raise
-                raise WorkersFailed(f"{error}; {decision.reason}") from error
+                cause = lost_words([*recovery.lost.values()]) if recovery.lost else str(error)
+                raise WorkersFailed(f"{cause}; {decision.reason}") from error
         tell(decision)
         workers = decision.workers
 
@@ -83,7 +89,7 @@ class _Recovery:
     ) -> None:
         self.policy, self.before, self.tell, self.while_waiting = policy, before, tell, while_waiting
         self.per_worker = cpus_per_worker, gpus_per_worker
-        self.lost: set[str] = set()
+        self.lost: dict[str, str] = {}  # by Ray's ids
         self.has_told_of_waiting = False
 
     def settle(self, failures: int, workers: int) -> Restart | Shrink | Stop:
@@ -107,5 +113,5 @@ class _Recovery:
         gone = {node: name for node, name in self.before.answering.items() if node not in now.answering}
         new = [name for node, name in gone.items() if node not in self.lost]
         if new:
-            self.lost |= gone.keys()
+            self.lost |= gone
             self.tell(NodesLost(tuple(sorted(new))))

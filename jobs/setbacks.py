@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.recovery import Restart, Shrink
-from cluster.supervision import Event, NodesLost, Waiting
+from cluster.supervision import Event, NodesLost, Waiting, lost_words
 
 
 def counted(count: int, name: str) -> str:
@@ -30,7 +30,7 @@ class Setbacks:
                 f"{event.seconds:.0f} s for another node"
             )
         if isinstance(event, NodesLost):
-            line = f"node{'s' * (len(event.nodes) > 1)} {', '.join(event.nodes)} lost"
+            line = lost_words(event.nodes)
         else:
             instead = f" instead of {self.workers}" if event.workers != self.workers else ""
             line = f"going on with {counted(event.workers, 'worker')}{instead}"

@@ -21,7 +21,7 @@ from tests.jobs.workers import bare_curve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS, SAVED = 12, 4
+STEPS, SAVED = 8, 2
 LEFT = """
 import json, sys, ray
 from ray._private.state import actors
