@@ -1,8 +1,8 @@
 """Placement groups whose maker is dead, given back.
 
-Ray keeps what an actor has reserved until its whole job is over, and leaves it to a helper of Ray Train, which asks
-the dashboard, to give it back earlier. A session that is started here has no dashboard, and a trial that was killed
-would keep its workers' places from all the others.
+Ray keeps what an actor has reserved until its whole job is over. The guard of ``cluster.placement_cleanup`` gives it
+back earlier, but learns of a group only when the workers in it have started: a trial that is killed before would keep
+their places from all the others.
 """
 
 from __future__ import annotations

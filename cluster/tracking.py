@@ -90,6 +90,8 @@ class Tracker:
         self._monitor: Any = None
         self._client: Any = None
         known = read_json(self._buffer.folder / STATE)
+        if run_id is None and identity is not None and known.get("identity") == identity:
+            run_id = self.run_id = known.get("run_id")  # what waits here is this very run's
         self._is_known = run_id is not None and (known.get("uri"), known.get("run_id")) == (self._place(), run_id)
         try:
             check_uri(self.uri)
@@ -266,7 +268,8 @@ class Tracker:
                 with refusal_named(self.uri, self.experiment):
                     if self.run_id is None:
                         self.run_id = self._create_run(tags)
-                    buffer.remember(uri=self._place(), experiment=self.experiment, run_id=self.run_id)
+                    names = {"uri": self._place(), "experiment": self.experiment, "run_id": self.run_id}
+                    buffer.remember(**names, identity=self.identity)
                     if buffer.is_empty():
                         open_run(self._client, self.run_id, params, tags)
                         return

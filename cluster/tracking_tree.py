@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 from cluster.tracking import IDENTITY, quiet_mlflow
 
 
-def end_runs_below(uri: str, experiment: str, identity: str) -> int:
-    """Mark what still counts as running below the run of that identity as killed; how many runs that were.
+def end_runs_below(uri: str, experiment: str, identity: str, done: Collection[int] = ()) -> int:
+    """End what still counts as running below the run of that identity, ``identity/trial/attempt``; how many runs.
 
-    For whoever has ended the processes that would have said so themselves. A server that does not answer is left
-    alone: the next start of the same runs puts them right.
+    For whoever knows that their processes have ended without saying so. Runs of the trials ``done`` are finished, all
+    others killed. A server that does not answer is left alone: the next start of the same runs puts them right.
     """
     mlflow = quiet_mlflow()
     from mlflow.exceptions import MlflowException
@@ -25,6 +26,7 @@ def end_runs_below(uri: str, experiment: str, identity: str) -> int:
             return 0
         running = f"attributes.status = 'RUNNING' AND tags.`{IDENTITY}` LIKE '{identity}/%'"
         for run in client.search_runs([found.experiment_id], running, max_results=1000):
-            client.set_terminated(run.info.run_id, "KILLED")
+            trial = int(run.data.tags[IDENTITY].removeprefix(f"{identity}/").partition("/")[0])
+            client.set_terminated(run.info.run_id, "FINISHED" if trial in done else "KILLED")
             ended += 1
     return ended

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -15,40 +15,47 @@ _PLAIN_INTERVAL_S = 15.0  # a log file gets a line this often, a terminal one th
 _PATIENCE_S = 120.0  # silence that is spoken of, and again each time that it has doubled
 
 
-class RunLine:
-    """Shows a run: ``update`` after every report, ``say`` for lines that stay.
+class LiveConsole:
+    """A terminal with a part at its foot that moves, and lines above it that stay; a plain stream gets the latter."""
 
-    ``words`` says what of a step's metrics is shown.
-    """
-
-    def __init__(self, stream: TextIO, words: Callable[[dict[str, Any]], list[str]]) -> None:
-        self._words = words
+    def __init__(self, stream: TextIO) -> None:
         self.console = Console(file=stream, highlight=False, soft_wrap=True)
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True)
-        self._last_plain = 0.0
-        self._started: tuple[float, int] | None = None
-        self._patience = _PATIENCE_S
-        self.steps = 0
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
 
-    def __enter__(self) -> RunLine:
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
-            self._live.start()
+            self.live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.console.is_terminal:
-            self._live.stop()
+            self.live.stop()
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, markup=False)
 
     def wait(self, text: str) -> None:
-        """What the run is waiting for, until the next update; on a plain stream a line that stays."""
+        """What is waited for, until the next update; on a plain stream a line that stays."""
         if self.console.is_terminal:
-            self._live.update(Text(text, style="dim"))
+            self.live.update(Text(text, style="dim"))
         else:
             self.say(text)
+
+
+class RunLine(LiveConsole):
+    """Shows a run: ``update`` after every report, ``say`` for lines that stay.
+
+    ``words`` says what of a step's metrics is shown.
+    """
+
+    def __init__(self, stream: TextIO, words: Callable[[dict[str, Any]], list[str]]) -> None:
+        super().__init__(stream)
+        self._words = words
+        self._last_plain = 0.0
+        self._started: tuple[float, int] | None = None
+        self._patience = _PATIENCE_S
+        self.steps = 0
 
     def silence(self, seconds: float) -> None:
         """Nothing has been heard for so long: a line now and then, as nobody can tell long work from a hang."""
@@ -69,7 +76,7 @@ class RunLine:
         """The newest step's metrics; a line that ``stays`` is also printed."""
         line = self._line(row)
         if self.console.is_terminal:
-            self._live.update(Text(line))
+            self.live.update(Text(line))
         if stays or not self.console.is_terminal and time.monotonic() - self._last_plain > _PLAIN_INTERVAL_S:
             self.say(line)
         else:

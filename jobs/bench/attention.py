@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from jobs.argument_types import int_from
 from jobs.bench.measuring import bench_parser, log_slope, run_bench, short, whole_numbers
-from jobs.cli import CommandError, int_from
+from jobs.cli import CommandError
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jobs.cli import CommandError, Parser, file_to_write, int_from
+from jobs.argument_types import file_to_write, int_from
+from jobs.cli import CommandError, Parser
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

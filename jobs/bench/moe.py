@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jobs.argument_types import file_to_write, int_from
 from jobs.bench.measuring import (
     MATMUL_SIZE,
     Timings,
@@ -28,7 +29,7 @@ from jobs.bench.measuring import (
     torch_threads,
     with_spread,
 )
-from jobs.cli import Parser, file_to_write, int_from
+from jobs.cli import Parser
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.argument_types import int_from
 from jobs.bench.measuring import bench_parser, in_units, run_bench, short
-from jobs.cli import CommandError, int_from
+from jobs.cli import CommandError
 from jobs.recipe import load_recipe
 from jobs.wording import suggestion
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jobs.argument_types import int_from
 from jobs.bench.measuring import bench_parser, run_bench, whole_numbers
-from jobs.cli import CommandError, int_from
+from jobs.cli import CommandError
 
 PARTS = ("generation", "grpo", "growth", "publish")
 ALL = "all"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jobs.argument_types import int_from
 from jobs.bench.measuring import bench_parser, run_bench, whole_numbers
-from jobs.cli import CommandError, int_from
+from jobs.cli import CommandError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.argument_types import int_from
 from jobs.bench.measuring import Timings, bench_parser, in_turns, run_bench, time_of, with_spread
-from jobs.cli import int_from
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -21,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jobs.argument_types import file_to_write, int_from
 from jobs.bench.measuring import MATMUL_SIZE, matmul_flops, matmul_seconds
-from jobs.cli import Parser, file_to_write, int_from
+from jobs.cli import Parser
 from jobs.recipe import Recipe, load_recipe
 from jobs.recipe_checks import check
 

@@ -19,7 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.cli import Parser, file_to_write, int_from
+from jobs.argument_types import file_to_write, int_from
+from jobs.cli import Parser
 from jobs.recipe import Recipe, load_recipe
 from jobs.recipe_checks import check
 from jobs.studies.catalogue import STUDIES

@@ -6,52 +6,31 @@ import threading
 import time
 from typing import TextIO
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from jobs.console import LiveConsole
 from jobs.tuning.book import Book, TrialEntry
 from jobs.wording import shown
 
 _ROWS = 12  # of trials that are shown, the running ones first
 
 
-class SweepScreen:
-    """``say`` for lines that stay; ``refresh`` shows the book anew, on a terminal only."""
+class SweepScreen(LiveConsole):
+    """``refresh`` shows the book anew, on a terminal only."""
 
     def __init__(self, stream: TextIO, trials: int, metric: str, mode: str) -> None:
-        self.console = Console(file=stream, highlight=False, soft_wrap=True)
+        super().__init__(stream)
         self.trials, self.metric, self.mode = trials, metric, mode
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True)
         self._began = time.monotonic()
         self._lock = threading.Lock()
-
-    def __enter__(self) -> SweepScreen:
-        if self.console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.console.is_terminal:
-            self._live.stop()
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(text, markup=False)
-
-    def wait(self, text: str) -> None:
-        """What is waited for; on a plain stream a line that stays."""
-        if self.console.is_terminal:
-            self._live.update(Text(text, style="dim"))
-        else:
-            self.say(text)
 
     def refresh(self, book: Book) -> None:
         """The book as it is now."""
         if self.console.is_terminal:
             with self._lock:
-                self._live.update(self._screen(book))
+                self.live.update(self._screen(book))
 
     def ended(self, book: Book, entry: TrialEntry) -> None:
         """A trial has ended: a line that stays."""

@@ -97,10 +97,9 @@ class Sweep:
                 except Exception as unexpected:
                     self._finish(unexpected)
                     raise
-                if error is None:
-                    return self._finish(None)
-            # Their processes are gone with the session, before they could say so.
-            end_runs_below(self.tracker.uri, self.recipe.tracking.experiment, self.book.identity)
+            # The trials' processes are gone with the session; some, today or in an earlier start, before they said so.
+            done = {entry.number for entry in self.book.with_status("done")}
+            end_runs_below(self.tracker.uri, self.recipe.tracking.experiment, self.book.identity, done)
             return self._finish(error)
 
     # What the search tells, in its thread.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -59,7 +60,7 @@ def make_work() -> Any:
     def work(drawn: dict[str, Any], config: dict[str, Any], channel: Any) -> dict[str, Any]:
         started = 0 if channel.restored is None else channel.restored["step"]
         with open(config["log"], "a") as log:
-            log.write(f"{os.getpid()} {started} {channel.restored}\n")
+            log.write(f"{os.getpid()} {started} {json.dumps(channel.restored)}\n")
         loss = (drawn["x"] - 3) ** 2
         folder = Path(config["log"]).parent
         while drawn["x"] > 5 and len([*folder.glob("log-*")]) < config.get("waits", 0):
@@ -146,7 +147,7 @@ def test_a_population_carries_pointers_from_the_good_to_the_bad(ray_session, tmp
     assert changed, "nobody was taken over"
     assert all(0 <= each["x"] <= 10 for drawn in heard.drawn.values() for each in drawn)
     begun = [line.split(" ", 2) for line in (tmp_path / "log").read_text().splitlines()]
-    pointers = [eval(pointer) for _, _, pointer in begun if pointer != "None"]
+    pointers = [json.loads(pointer) for _, _, pointer in begun if pointer != "null"]
     assert pointers and all(pointer["step"] % 2 == 0 for pointer in pointers)
     firsts = {trial: drawn[0]["x"] for trial, drawn in heard.drawn.items()}
     for trial in changed:  # what it was given is a donor's, and the donor was ahead
