@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -121,13 +122,19 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
         yield items[start : start + size]
 
 
+UNNAMEABLE = re.compile(r"[^\w.\-/: ]")  # MLflow's names of parameters and metrics
+
+
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"train": {"steps": 20}} as {"train.steps": "20"}; lists as JSON. Values are cut at MLflow's 6000 characters."""
+    """{"train": {"steps": 20}} as {"train.steps": "20"}; lists as JSON.
+
+    Values are cut at MLflow's 6000 characters; in names, what MLflow does not take becomes "_".
+    """
     flat: dict[str, str] = {}
     for name, value in params.items():
         if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{prefix}{name}."))
         else:
             text = json.dumps(value, default=str) if isinstance(value, (list, tuple, Mapping)) else str(value)
-            flat[f"{prefix}{name}"] = text[:PARAM_LENGTH]
+            flat[UNNAMEABLE.sub("_", f"{prefix}{name}")] = text[:PARAM_LENGTH]
     return flat

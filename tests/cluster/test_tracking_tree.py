@@ -38,7 +38,7 @@ def test_a_run_of_an_identity_is_found_again_and_what_waits_for_it_is_sent(tmp_p
         return Tracker(None, "tree", tmp_path / folder, "trial", identity="sweep/1", system_metrics_seconds=0)
 
     first = tracker("trial")
-    run_id = first.start({})
+    run_id = first.start({"tune": {"space": {"train.stages.*.steps": 3}}})  # a * is nothing for MLflow
     first.log(1, {"loss": 2.0})
     first._writers.close(0)  # as a killed process leaves it
     first._buffer.close()
@@ -47,6 +47,7 @@ def test_a_run_of_an_identity_is_found_again_and_what_waits_for_it_is_sent(tmp_p
     again.log(2, {"loss": 1.0})
     assert again.finish("done") == []
     client = MlflowClient(tracking_uri=again.uri)
+    assert client.get_run(run_id).data.params == {"tune.space.train.stages._.steps": "3"}
     assert [point.step for point in client.get_metric_history(run_id, "loss")] == [1, 2]
     elsewhere = tracker("other")  # nothing on disk: the tag alone
     assert elsewhere.start({}) == run_id
