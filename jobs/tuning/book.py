@@ -74,6 +74,10 @@ class Book:
         if entry is None:
             entry = TrialEntry(self._new_number(tune_id), tune_id, settings)
             self.trials[entry.number] = entry
+        if entry.status in ENDED and entry.settings == settings:  # its driver died before Tune had written that down
+            entry.tune_id = tune_id
+            self.write()
+            return entry
         if entry.settings != settings:
             entry.earlier.append({"until": entry.step, "settings": entry.settings})
             entry.settings = settings

@@ -25,7 +25,7 @@ from jobs.progress import read_metrics
 from jobs.recipe import RESOLVED_RECIPE, Recipe, recipe_of
 from jobs.recipe_checks_tune import with_settings
 from jobs.recipe_schema_tune import DistributionSection
-from jobs.tuning.book import TrialEntry, read_book, trial_name
+from jobs.tuning.book import ENDED, TrialEntry, read_book, trial_name
 from jobs.tuning.space import settings_of
 
 ORIGIN = "origin.json"  # in an attempt's folder: what it began from and with
@@ -45,6 +45,9 @@ def run_trial(drawn: dict[str, Any], config: dict[str, Any], channel: Channel) -
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config["start_timeout"])
     identity, trials = read_book(Path(config["sweep"]))
     (entry,) = [entry for entry in trials.values() if entry.tune_id == channel.trial]
+    if entry.status in ENDED:  # and the driver that heard it died before Tune wrote it down
+        known = {} if entry.value is None else {config["metric"]: entry.value}
+        return {"status": entry.status, "step": entry.step, "error": entry.error, **known}
     return _Trial(entry, identity, drawn, config, channel).run()
 
 
