@@ -139,7 +139,7 @@ with RaySession(
     machines = sum(node["Alive"] and node["Resources"].get("CPU", 0) == 2 for node in ray.nodes())
     groups = [each["state"] for each in ray.util.placement_group_table().values()]
 try:
-    with RaySession(address, 3, 2, 0, folder, patience, queue_timeout_s=2):  # more than may ever be
+    with RaySession(address, 1, 3, 0, folder, patience, queue_timeout_s=2):  # more than a machine has
         refusal = None
 except ClusterError as error:
     refusal = str(error)
@@ -160,6 +160,6 @@ print(json.dumps([machines, groups, words, refusal]))
     wanted = "waiting for room for 1 worker of 2 CPU and 2 CPU beside them: so far there are "
     assert words[0] == f"{wanted}0 CPU and 0 GPU on 1 node …"
     assert refusal.startswith(
-        "cluster.queue_timeout=2 s have passed without room for 3 workers of 2 CPU: there are 4 CPU and 0 GPU on 3 "
+        "cluster.queue_timeout=2 s have passed without room for 1 worker of 3 CPU: there are 4 CPU and 0 GPU on 3 "
         "nodes, some of it perhaps in use ('ray status' on the head says so"
     )
