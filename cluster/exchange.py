@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from cluster.errors import ClusterError
+from cluster.nodes import on_this_node
 
 _GRACE_S = 10.0  # for the way there and back, on top of what the caller waits
 _KEPT_BATCHES = 2  # the one that the learners work on, and the next
@@ -150,7 +151,8 @@ class Exchange:
     @classmethod
     def start(cls) -> Exchange:
         """A new exchange."""
-        return cls(ray.remote(_Board).options(num_cpus=0, max_concurrency=_CONCURRENT_CALLS).remote())
+        options = {"num_cpus": 0, "max_concurrency": _CONCURRENT_CALLS, "scheduling_strategy": on_this_node()}
+        return cls(ray.remote(_Board).options(**options).remote())
 
     def begin(self, start: int, timeout_s: float = 60.0) -> int:
         """A group of learners starts, or starts again, at iteration ``start``: the number of its generation.

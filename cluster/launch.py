@@ -17,11 +17,14 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from cluster.errors import ClusterError, Stopped
+from cluster.interfaces import NodesTorchConfig
+from cluster.nodes import on_this_node
 from cluster.placement_cleanup import mend
+from cluster.shared_storage import NotShared, on_shared_storage
 
 # Ray Train's controller takes one report from each worker about every two seconds, and a worker that reports
 # faster waits for it; what a worker has to say is therefore gathered and sent at this interval.
@@ -55,12 +58,23 @@ class _Forward(UserCallback):
 
 
 def _last_line(error: BaseException) -> str:
+    if isinstance(error, ray.exceptions.ActorUnavailableError):  # its own text is about connections of Ray's
+        return "its process or its node does not answer"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
 
 
 class WorkersFailed(RuntimeError):
-    """The workers failed more often than allowed; the message is the first worker's own last line."""
+    """The workers failed more often than allowed; the message is the first worker's own last line.
+
+    ``is_final``: they would fail again in the same way.
+    """
+
+    is_final = False
+
+
+class RayLost(WorkersFailed):
+    """The cluster itself went away under the run."""
 
 
 def run_workers(
@@ -77,21 +91,23 @@ def run_workers(
 ) -> None:
     """Run ``worker(config)`` on every worker until all have returned.
 
-    ``attempt_dir`` must be new: Ray Train would silently take up what lies in a folder used before.
+    ``attempt_dir`` must be new: Ray Train would silently take up what lies in a folder used before. It lies on storage
+    that all nodes share, which every worker checks.
     ``on_message`` gets, in a thread of this process, every non-empty report (``kind`` ``"report"``) and every failure
     of the group (``kind`` ``"failure"``, ``errors`` by rank); ``on_silence``, there too and about twice a second while
-    nothing comes, the seconds since the last of them. Raises WorkersFailed; and Stopped where one of these two raised
-    it: then the workers are left to the end of this process.
+    nothing comes, the seconds since the last of them. Raises WorkersFailed, RayLost when the cluster has gone, and
+    Stopped where one of these two raised it.
     """
     if attempt_dir.exists():
         raise ClusterError(f"attempt_dir={attempt_dir} exists already; give a folder of its own to every attempt")
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": "DEFAULT"})
+    worker = on_shared_storage(worker, attempt_dir.parent)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": on_this_node()})
     listener = _Listener(queue, on_message, on_silence)
     listener.start()
     trainer = TorchTrainer(
         worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend=backend),
+        torch_config=NodesTorchConfig(backend=backend),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=resources_per_worker.get("GPU", 0) > 0,
@@ -109,11 +125,13 @@ def run_workers(
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
         # One worker's full disk is the others' lost connection: what was named comes before what followed from it.
-        named = [rank for rank in sorted(failures) if "ClusterError" in str(failures[rank])]
+        named = [rank for rank in sorted(failures) if isinstance(failures[rank], ClusterError)]
         first = failures[named[0] if named else min(failures)] if failures else error
-        raise WorkersFailed(_last_line(first)) from error
+        failed = WorkersFailed(_last_line(first))
+        failed.is_final = isinstance(first, NotShared)
+        raise failed from error
     except ray.exceptions.RayError as error:  # the cluster went away under the run
-        raise WorkersFailed(f"Ray was lost: {_last_line(error)}") from error
+        raise RayLost(f"Ray was lost: {_last_line(error)}") from error
     finally:
         listener.close()
         with contextlib.suppress(ray.exceptions.RayError):

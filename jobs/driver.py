@@ -6,7 +6,6 @@ A kind of run (``jobs.train``, ``jobs.ppo``) says what it learns from, what its 
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import shutil
 import sys
@@ -21,12 +20,17 @@ from cluster.checkpoints import CheckpointStore
 from cluster.errors import ClusterError, Stopped
 from cluster.exported_metrics import RunMetrics
 from cluster.launch import WorkersFailed, run_workers
+from cluster.recovery import Policy
 from cluster.session import RaySession
+from cluster.supervision import Event, supervise
 from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker
 from jobs.console import RunLine
 from jobs.progress import read_metrics
 from jobs.recipe import RESOLVED_RECIPE, Recipe
+from jobs.run_record import RunRecord
+from jobs.setbacks import Setbacks, counted
+from jobs.shrinking import possible_workers
 from jobs.worker_recipe import recipe_for_workers
 from mmada.errors import DataError
 
@@ -40,33 +44,6 @@ class TrackedAs:
     parent: str
     identity: str
     tags: dict[str, Any]
-
-
-class RunRecord:
-    """What the driver has heard so far; the stuff of ``summary.json``."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.metrics: dict[str, float] = {}  # what the summary says at last
-        self.curves: dict[str, dict[int, float]] = {}  # every metric by step
-        self.checkpoint: str | None = None
-        self.tokens = 0
-        self.training_seconds = 0.0
-
-    def add(self, row: dict[str, Any]) -> dict[str, float]:
-        """Take in one step; its metrics with ``tokens_per_second``."""
-        step = self.steps = row["step"]
-        self.checkpoint = row.get("checkpoint", self.checkpoint)
-        kept = {k: v for k, v in row.items() if k not in ("step", "checkpoint", "tokens")}
-        metrics = {name: value for name, value in kept.items() if math.isfinite(value)}
-        metrics["tokens_per_second"] = row["tokens"] / row["step_seconds"]
-        if step not in self.curves.get("tokens_per_second", {}):  # a step done twice counts once
-            self.tokens += row["tokens"]
-            self.training_seconds += row["step_seconds"]
-        for name, value in metrics.items():
-            self.curves.setdefault(name, {})[step] = value
-        self.metrics["tokens_per_second"] = self.tokens / self.training_seconds
-        return metrics
 
 
 def start(recipe: Recipe, make: Callable[[Path], Driver]) -> int:
@@ -114,6 +91,7 @@ class Driver:
                 f"{source} no longer gives what run.name={recipe.run.name} began with "
                 f"(its fingerprint was {self.state['data']}); restore it, or choose another run.name"
             )
+        self.setbacks = Setbacks(recipe.cluster.workers, self.state.get("restarts", 0))
         if self.state:  # what is known of a run that goes on, should nothing more be heard of it
             for row in read_metrics(run_dir, up_to=sys.maxsize):
                 self.record.add(row)
@@ -140,6 +118,10 @@ class Driver:
     def worker_config(self) -> dict[str, Any]:
         """Plain values for the workers, beside the recipe and the run's folder."""
         return {}
+
+    def resized(self, recipe: Recipe, workers: int) -> Recipe:
+        """The recipe for fewer workers, or the same. Raises RecipeError where so many cannot do it."""
+        raise NotImplementedError
 
     @contextmanager
     def beside_the_workers(self) -> Iterator[None]:
@@ -227,29 +209,16 @@ class Driver:
 
     def _run_workers(self) -> BaseException | None:
         cluster = self.recipe.cluster
-        attempt = self.state.get("attempts", 0) + 1
-        self._remember(attempts=attempt)
-        plural = "s" if cluster.workers > 1 else ""
-        resources = {"CPU": cluster.cpus_per_worker}
-        if cluster.gpus_per_worker:
-            resources["GPU"] = cluster.gpus_per_worker
+        sizes = possible_workers(self.recipe, self.resized)
         try:
             with self.beside_the_workers():
-                self.line.wait(f"starting {cluster.workers} worker{plural} …")
-                run_workers(
-                    self.work(),
-                    {
-                        "recipe": recipe_for_workers(self.recipe),
-                        "run_dir": str(self.run_dir),
-                        **self.worker_config(),
-                    },
-                    workers=cluster.workers,
-                    resources_per_worker=resources,
-                    backend="nccl" if cluster.gpus_per_worker else "gloo",
-                    attempt_dir=self.run_dir / "ray" / f"attempt-{attempt}",
-                    max_failures=cluster.max_failures,
-                    on_message=self._hear,
-                    on_silence=self._silence,
+                supervise(
+                    self._attempt,
+                    Policy(cluster.max_failures, sizes, cluster.node_timeout),
+                    cpus_per_worker=cluster.cpus_per_worker,
+                    gpus_per_worker=cluster.gpus_per_worker,
+                    tell=self._tell_of_setback,
+                    while_waiting=self._stop_if_told,
                 )
         except (WorkersFailed, ClusterError, KeyboardInterrupt, Stopped) as error:
             return error
@@ -262,6 +231,38 @@ class Driver:
     def _stop_if_told(self) -> None:
         if self.stop is not None and self.stop.is_set():
             raise Stopped("told to stop")
+
+    def _attempt(self, workers: int) -> None:
+        """Run so many workers to the end of the run, or until one fails."""
+        cluster = self.recipe.cluster
+        attempt = self.state.get("attempts", 0) + 1
+        self._remember(attempts=attempt)
+        resources = {"CPU": cluster.cpus_per_worker}
+        if cluster.gpus_per_worker:
+            resources["GPU"] = cluster.gpus_per_worker
+        self.line.wait(f"starting {counted(workers, 'worker')} …")
+        run_workers(
+            self.work(),
+            {
+                "recipe": recipe_for_workers(self.resized(self.recipe, workers)),
+                "run_dir": str(self.run_dir),
+                **self.worker_config(),
+            },
+            workers=workers,
+            resources_per_worker=resources,
+            backend="nccl" if cluster.gpus_per_worker else "gloo",
+            attempt_dir=self.run_dir / "ray" / f"attempt-{attempt}",
+            max_failures=0,
+            on_message=self._hear,
+            on_silence=self._silence,
+        )
+
+    def _tell_of_setback(self, event: Event) -> None:
+        """Something was lost, or the run goes on after a loss."""
+        self.line.say(self.setbacks.words(event))
+        if tags := self.setbacks.tags(event):
+            self._remember(restarts=self.setbacks.restarts)
+            self.tracker.tag(tags)
 
     def _hear(self, message: dict[str, Any]) -> None:
         """A message from the workers, in the listening thread."""
@@ -339,6 +340,8 @@ class Driver:
             "metrics": self.record.metrics,
             "mlflow_run_id": self.state["mlflow_run_id"],
             "checkpoint": self.record.checkpoint,
+            "workers": self.setbacks.workers,
+            "restarts": self.setbacks.restarts,
             **self.summary(error is None),
         }
         if error:

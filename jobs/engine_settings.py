@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.engine import EngineSettings
+from jobs.minibatch import minibatch_size
 from jobs.recipe import Recipe
-from jobs.recipe_schema_rl import PPOSection
 from jobs.stage_runner import factors, freezable
 from mmada.actor_critic import CRITIC, ActorCritic
 from mmada.nn.experts import expert_ffn_sorted
 from mmada.pretrained import TrainableModel
-from mmada.training.algorithms import ALGORITHMS
 
 
 def training_settings(recipe: Recipe, model: TrainableModel) -> EngineSettings:
@@ -45,12 +44,6 @@ def policy_settings(recipe: Recipe, model: ActorCritic) -> EngineSettings:
         weight_decay=ppo.weight_decay,
         learning_rate_factors=((CRITIC, ppo.value_learning_rate_factor),),
     )
-
-
-def minibatch_size(ppo: PPOSection) -> int:
-    """Trajectories of one optimizer step: all of a batch where the algorithm takes one step alone."""
-    single = ALGORITHMS[ppo.algorithm].single_update
-    return ppo.prompts_per_iteration * ppo.samples_per_prompt if single else ppo.minibatch
 
 
 def _settings(

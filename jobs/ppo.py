@@ -17,7 +17,7 @@ from typing import Any
 from cluster.actor_pool import ActorPool, ActorResources, PoolEvent
 from cluster.errors import ClusterError
 from cluster.exchange import Exchange
-from jobs.driver import Driver, RunRecord, start
+from jobs.driver import Driver, start
 from jobs.learned_problems import check_unseen
 from jobs.recipe import Recipe
 from jobs.rl.evaluation_loop import EvaluationLoop
@@ -26,6 +26,8 @@ from jobs.rl.policy_source import REFERENCE, write_reference
 from jobs.rl.reward_worker import RewardWorker
 from jobs.rl.rollout_loop import RolloutLoop
 from jobs.rl.rollout_worker import RolloutWorker, Trajectory
+from jobs.run_record import RunRecord
+from jobs.shrinking import ppo_for
 from jobs.task_source import load_recipe_tasks
 from jobs.worker_recipe import only_cpus, recipe_for_workers
 from mmada.data import load_tokenizer
@@ -120,6 +122,10 @@ class PPORun(Driver):
     def worker_config(self) -> dict[str, Any]:
         """Where batches come from."""
         return {"exchange": self.exchange}
+
+    def resized(self, recipe: Recipe, workers: int) -> Recipe:
+        """The same minibatches, shared by fewer learners."""
+        return ppo_for(recipe, workers)
 
     @contextmanager
     def beside_the_workers(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from jobs import recipe_yaml
 from jobs.entropy_model import with_entropy_model
 from jobs.recipe import RESOLVED_RECIPE, WANTED, Recipe, RecipeError
+from jobs.recipe_checks_nodes import check_min_workers
 from jobs.recipe_checks_stages import (
     check_combination,
     check_frozen,
@@ -164,6 +165,7 @@ def check_workers(recipe: Recipe) -> None:
         raise RecipeError(
             "train.offload_optimizer=true has nothing to move at train.zero_stage=0; use train.zero_stage=1, 2 or 3"
         )
+    check_min_workers(recipe)
     if cluster.expert_parallel == 1:
         return
     if cluster.workers % cluster.expert_parallel:

@@ -185,7 +185,13 @@ class ClusterSection(Section):
     """Workers over which one set of experts is split."""
 
     max_failures: Annotated[int, Field(ge=0)] = 0
-    """Deaths of a worker after which the run goes on from its last checkpoint."""
+    """Deaths of workers, one or a whole node of them, after which the run goes on from its last checkpoint."""
+
+    min_workers: Positive | None = None
+    """Fewest workers that it may go on with when the cluster has room for no more; null: no fewer than ``workers``."""
+
+    node_timeout: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds to wait for a lost node, or for another in its place, before it goes on with fewer workers or ends."""
 
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs that Ray sets aside for a worker."""

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs.calibration import reliability_figures
-from jobs.driver import Driver, RunRecord, start
+from jobs.driver import Driver, start
 from jobs.objectives.objective import Objective
 from jobs.objectives.registry import prepare_objective
 from jobs.recipe import Recipe
+from jobs.run_record import RunRecord
+from jobs.shrinking import training_for
 from jobs.stage_spans import StageSpan, closing, opening, stage_spans
 from jobs.worker_recipe import only_cpus
 from mmada.plots.learning_curve import mark_stages
@@ -89,6 +91,10 @@ class TrainingRun(Driver):
         """Where prepared text is, if there is any."""
         prepared = self.objective.prepared
         return {"prepared": None if prepared is None else str(prepared)}
+
+    def resized(self, recipe: Recipe, workers: int) -> Recipe:
+        """The same batches, shared by fewer."""
+        return training_for(recipe, workers)
 
     def words(self, row: dict[str, Any]) -> list[str]:
         """Loss, the held-out figure, speed."""
