@@ -1,12 +1,13 @@
 """A search over trials with Ray Tune: what is drawn, who is stopped, and going on after a crash.
 
 What a trial is stands in ``cluster.trial_actor``. Tune keeps its own state under ``folder``, written at every event,
-so that a search whose driver died goes on where it was.
+and ``cluster.search_state`` copies of it that are whole, so that a search whose driver died goes on where it was.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ import ray
 from ray import tune
 
 from cluster.orphans import remove_orphaned_groups
+from cluster.search_state import keep_whole, put_back
 from cluster.trial_actor import TrialActor, TrialWork
 
 EXPERIMENT = "tune"
+COPIES = "copies"
 LONGEST_CLEAN_UP_S = 120  # of a trial that is told to stop, before it is killed
+LONGEST_STEP_S = 30  # of Tune, after which it looks whether it is told to stop
 DEATHS = 2  # of a trial's own process, after which it counts as failed
 ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "0",  # its state is written at every event: what is not written runs again
@@ -159,24 +163,28 @@ def run_search(
     ray._private.auto_init_hook.enable_auto_connect = False
     stop = threading.Event()
     tuner = _tuner(dimensions, settings, work, work_config, folder, _Telling(listener, stop))
-    raised: list[BaseException] = []
+    # The thread is not joined: a join that Ctrl-C interrupts calls it ended (until Python 3.13), and Ray would be shut
+    # down under its feet.
+    raised, has_ended = list[BaseException](), threading.Event()
 
     def fit() -> None:
         try:
             tuner.fit()
         except BaseException as error:
             raised.append(error)
+        finally:
+            has_ended.set()
 
     # In the main thread Tune would answer Ctrl-C by calling its trials done.
     thread = threading.Thread(target=fit, name="mmada-search", daemon=True)
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(timeout=1.0)
+        while not has_ended.wait(1.0):
             remove_orphaned_groups()
+            keep_whole(folder / EXPERIMENT, folder / COPIES)
     except BaseException:
         stop.set()
-        thread.join(timeout=5)
+        has_ended.wait(LONGEST_STEP_S)
         raise
     if raised:
         raise raised[0]
@@ -207,6 +215,8 @@ def _tuner(
         reuse_actors=False,
     )
     place = folder / EXPERIMENT
+    if not put_back(place, folder / COPIES):
+        shutil.rmtree(place, ignore_errors=True)  # killed before it had drawn anything
     if tune.Tuner.can_restore(str(place)):
         tuner = tune.Tuner.restore(str(place), trainable, resume_unfinished=True)
         # Restored is what was pickled: the listener and the limits of this session take its place.

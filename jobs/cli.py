@@ -138,9 +138,15 @@ def tune(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Show what a recipe needs."""
     from jobs.plan import run
-    from jobs.recipe import load_recipe
+    from jobs.recipe import load_values, recipe_of
 
-    return run(load_recipe(options.recipe, options.overrides), options.address)
+    values = load_values(options.recipe, options.overrides)
+    if values.get("tune") is None:
+        return run(recipe_of(values), options.address)
+    from jobs.recipe_checks_tune import check_tune
+
+    search = check_tune(values)
+    return run(search.recipe, options.address, search)
 
 
 def export(options: argparse.Namespace) -> int:

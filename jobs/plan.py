@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.activations import BYTES, Activations, activation_memory
 from jobs.micro_batch import candidates, usable, with_micro_batch
@@ -17,6 +17,7 @@ from jobs.recipe_schema import AUTO, TrainSection
 from jobs.stages import stages_of
 
 if TYPE_CHECKING:
+    from jobs.recipe_checks_tune import Search
     from mmada.config import MMaDAConfig
 
 # Elements of the buffer in which DeepSpeed gathers gradients before it reduces them, by ZeRO stage:
@@ -38,13 +39,17 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run on. ``memory`` and ``gpu_memory`` are bytes, of all nodes and of one GPU."""
+    """What there is to run on. ``memory`` and ``gpu_memory`` are bytes, of all nodes and of one GPU.
+
+    ``nodes``: a cluster's, as ``ray.nodes()`` says them; None for this machine.
+    """
 
     where: str
     cpus: float
     gpus: float
     memory: int
     gpu_memory: int | None = None
+    nodes: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,22 @@ class BatchArithmetic:
 
 
 @dataclass(frozen=True)
+class SearchPlan:
+    """What ``mmada tune`` would do: ``trials`` of ``steps`` at most, ``at_once`` at a time. ``how``: drawn by what."""
+
+    trials: int
+    at_once: int
+    steps: int
+    how: str
+    goal: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All that ``mmada plan`` shows. ``is_estimated``: the micro batch is what a recipe's ``auto`` may come to."""
+    """All that ``mmada plan`` shows. ``is_estimated``: the micro batch is what a recipe's ``auto`` may come to.
+
+    With a ``search`` all but its own numbers are those of one trial.
+    """
 
     recipe: Recipe
     size: ModelSize
@@ -89,6 +108,7 @@ class Plan:
     engine: tuple[str, ...]
     warnings: tuple[str, ...]
     is_estimated: bool = False
+    search: SearchPlan | None = None
 
     @property
     def kept_activations(self) -> int:
@@ -108,21 +128,24 @@ class Plan:
     @property
     def room_per_worker(self) -> int:
         """Bytes for one worker: a GPU's memory or an even share of the machines', or less where the recipe says so."""
-        cluster, room = self.recipe.cluster, self.machine.memory // self.recipe.cluster.workers
+        cluster, at_once = self.recipe.cluster, 1 if self.search is None else self.search.at_once
+        room = self.machine.memory // (cluster.workers * at_once)
         if cluster.gpus_per_worker and self.machine.gpu_memory is not None:
             room = self.machine.gpu_memory
         return room if cluster.memory_per_worker is None else min(room, int(cluster.memory_per_worker * 2**30))
 
 
-def run(recipe: Recipe, address: str | None = None) -> int:
+def run(recipe: Recipe, address: str | None = None, search: Search | None = None) -> int:
     """Print the plan of a recipe, for the cluster whose dashboard is at ``address`` where that is given.
+
+    With a ``search`` it is the plan of one of its trials, and says how many run at a time.
 
     Raises RecipeError for one that cannot be trained, ClusterError for no cluster or one without room.
     """
     if address is not None:
         from jobs.submission.planning import run_at
 
-        return run_at(recipe, address)
+        return run_at(recipe, address, search)
     from jobs.plan_report import show
     from jobs.prepared_data import find_prepared
     from jobs.recipe_checks import check, check_run, checked_config
@@ -138,7 +161,7 @@ def run(recipe: Recipe, address: str | None = None) -> int:
         check_run(recipe)
     except RecipeError as error:
         warnings.append(f"mmada train would refuse: {error}")
-    show(make_plan(recipe, config, model_size(config), find_machine(recipe), tokens, warnings))
+    show(make_plan(recipe, config, model_size(config), find_machine(recipe), tokens, warnings, search))
     return 0
 
 
@@ -149,11 +172,12 @@ def make_plan(
     machine: Machine,
     train_tokens: int | None,
     warnings: list[str] | None = None,
+    search: Search | None = None,
 ) -> Plan:
     """The plan of a checked recipe; computes only. ``train_tokens``: tokens in the training text, where known."""
     is_estimated = recipe.train.micro_batch == AUTO
     if is_estimated:
-        recipe = with_micro_batch(recipe, estimated_micro_batch(recipe, config, size, machine))
+        recipe = with_micro_batch(recipe, estimated_micro_batch(recipe, config, size, machine, search))
     plan = Plan(
         recipe=recipe,
         size=size,
@@ -164,15 +188,26 @@ def make_plan(
         engine=engine_words(recipe, config),
         warnings=(),
         is_estimated=is_estimated,
+        search=None if search is None else search_plan(search, machine),
     )
     return replace(plan, warnings=(*(warnings or ()), *doubts(plan)))
 
 
-def estimated_micro_batch(recipe: Recipe, config: MMaDAConfig, size: ModelSize, machine: Machine) -> int:
+def search_plan(search: Search, machine: Machine) -> SearchPlan:
+    """How a search goes on this machine. Raises RecipeError for more trials at a time than a cluster has room for."""
+    from jobs.tuning.room import trials_at_once
+
+    at_once, goal = trials_at_once(search, machine.nodes), "least" if search.mode == "min" else "most"
+    return SearchPlan(search.trials, at_once, search.most_steps, search.settings.how, f"the {goal} {search.metric}")
+
+
+def estimated_micro_batch(
+    recipe: Recipe, config: MMaDAConfig, size: ModelSize, machine: Machine, search: Search | None = None
+) -> int:
     """The largest micro batch that by this arithmetic fits at the longest rows of any stage; 1 where none does."""
     longest = {"micro_batch": 1, "sequence_length": max(stage.sequence_length for stage in stages_of(recipe, []))}
     one_row = recipe.model_copy(update={"train": recipe.train.model_copy(update=longest)})
-    plan = make_plan(one_row, config, size, machine, None)
+    plan = make_plan(one_row, config, size, machine, None, search=search)
     room = usable(plan.room_per_worker) - (plan.worker_bytes - plan.kept_activations)
     return max((rows for rows in candidates(recipe) if rows * plan.kept_activations <= room), default=1)
 
@@ -333,8 +368,9 @@ def find_machine(recipe: Recipe) -> Machine:
         ),
     ):
         found = ray.cluster_resources()
-        where = f"Ray at {cluster.address}, {sum(node['Alive'] for node in ray.nodes())} node(s)"
-    return Machine(where, found.get("CPU", 0), found.get("GPU", 0), int(found.get("memory", 0)))
+        nodes = ray.nodes()
+        where = f"Ray at {cluster.address}, {sum(node['Alive'] for node in nodes)} node(s)"
+    return Machine(where, found.get("CPU", 0), found.get("GPU", 0), int(found.get("memory", 0)), nodes=nodes)
 
 
 def gib(count: float) -> str:

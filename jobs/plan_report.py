@@ -66,6 +66,12 @@ def facts(plan: Plan) -> Table:
         ],
         "DeepSpeed": plan.engine,
     }
+    if plan.search is not None:
+        search = plan.search
+        rows["search"] = [
+            f"{search.trials} trials ({search.how}), {search.at_once} at a time, of at most {search.steps} steps each",
+            f"looking for {search.goal}",
+        ]
     for name, lines in rows.items():
         for position, line in enumerate(lines):
             grid.add_row("" if position else f"[bold]{name}[/bold]", Text(line))
@@ -129,7 +135,8 @@ def resources_table(plan: Plan) -> Table:
     """What is wanted beside what there is."""
     cluster, machine = plan.recipe.cluster, plan.machine
     table = table_of(f"resources of {machine.where}", "wanted", "there", "")
-    cpus, gpus = cluster.workers * cluster.cpus_per_worker, cluster.workers * cluster.gpus_per_worker
+    workers = cluster.workers * (1 if plan.search is None else plan.search.at_once)
+    cpus, gpus = workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker
     short = "short" if cluster.address else "shared"
     table.add_row("CPUs", f"{cpus:g}", f"{machine.cpus:g}", enough(cpus <= machine.cpus, short))
     table.add_row("GPUs", f"{gpus:g}", f"{machine.gpus:g}", enough(gpus <= machine.gpus, "short"))

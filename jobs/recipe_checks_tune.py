@@ -7,7 +7,6 @@ could have been said at once.
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -281,10 +280,3 @@ def check_population(search: Search) -> None:
             f"train.checkpoint_every={train.checkpoint_every} leaves evaluations without a checkpoint to carry, as "
             f"tune.scheduler=pbt needs; use train.checkpoint_every={train.evaluate_every}"
         )
-
-
-def local_room(recipe: Recipe, verb: str) -> int:
-    """Trials at a time on this machine, when Ray is started here: by cores, at least one."""
-    workers = recipe.cluster.workers + (recipe.ppo.rollout_workers if verb == "ppo" and recipe.ppo else 0)
-    threads = recipe.cluster.threads_per_worker or 1
-    return max(1, (os.cpu_count() or 1) // (workers * threads))

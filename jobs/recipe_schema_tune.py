@@ -77,3 +77,8 @@ class TuneSection(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes what is drawn; ``run.seed`` is the trials' own."""
+
+    @property
+    def how(self) -> str:
+        """What draws trials and what stops them, in words."""
+        return self.search if self.scheduler == "none" else f"{self.search}, {self.scheduler}"

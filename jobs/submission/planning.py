@@ -7,21 +7,22 @@ from jobs.plan import Plan, make_plan, model_size
 from jobs.plan_report import show
 from jobs.recipe import Recipe, RecipeError
 from jobs.recipe_checks import checked_config
+from jobs.recipe_checks_tune import Search
 from jobs.submission.room import check_room, files_elsewhere, machine_at
 from jobs.submission.watch import say
 
 
-def run_at(recipe: Recipe, address: str) -> int:
+def run_at(recipe: Recipe, address: str, search: Search | None = None) -> int:
     """Print the plan and whether there is room. Raises ClusterError if there is none, RecipeError as ``plan`` does."""
     jobs = RayJobs(address)
     jobs.version()
     nodes = jobs.nodes()
-    show(plan_at(recipe, jobs, nodes))
+    show(plan_at(recipe, jobs, nodes, search))
     say("cluster", check_room(recipe, nodes, jobs))
     return 0
 
 
-def plan_at(recipe: Recipe, jobs: RayJobs, nodes: list[dict]) -> Plan:
+def plan_at(recipe: Recipe, jobs: RayJobs, nodes: list[dict], search: Search | None = None) -> Plan:
     """The plan of a recipe as a job of that cluster; computes only, but for what the cluster says of its GPUs."""
     from jobs.recipe_checks import check
 
@@ -38,4 +39,4 @@ def plan_at(recipe: Recipe, jobs: RayJobs, nodes: list[dict]) -> Plan:
     else:
         check(recipe)
     config = checked_config(recipe)
-    return make_plan(recipe, config, model_size(config), machine_at(jobs, nodes), None, warnings)
+    return make_plan(recipe, config, model_size(config), machine_at(jobs, nodes), None, warnings, search)

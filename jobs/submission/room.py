@@ -56,6 +56,7 @@ def machine_at(jobs: RayJobs, nodes: list[dict]) -> Machine:
         total(nodes, "GPU"),
         int(total(nodes, "memory")),
         jobs.gpu_memory(),
+        nodes,
     )
 
 

@@ -89,6 +89,8 @@ class Book:
     def report(self, tune_id: str, report: dict[str, Any], metric: str) -> TrialEntry:
         """An evaluation, or a trial's own last word."""
         entry = self.trials[self._number(tune_id)]
+        if self._is_over(entry):
+            return entry
         self._count_seconds(entry)
         entry.step = report.get("step", entry.step)
         if report.get(metric) is not None:
@@ -105,6 +107,8 @@ class Book:
     def end(self, tune_id: str, error: str | None) -> TrialEntry:
         """It will not run again; what has not said so itself was stopped."""
         entry = self.trials[self._number(tune_id)]
+        if self._is_over(entry):
+            return entry
         self._count_seconds(entry)
         self._since.pop(entry.number, None)
         if entry.status == RUNNING:
@@ -132,6 +136,10 @@ class Book:
         aside = self.path.with_suffix(".aside")
         aside.write_text(json.dumps({"identity": self.identity, "trials": trials}, indent=1))
         aside.replace(self.path)
+
+    def _is_over(self, entry: TrialEntry) -> bool:
+        """It had ended before this driver began, whatever Tune has it do again."""
+        return entry.status in ENDED and entry.number not in self._since
 
     def _number(self, tune_id: str) -> int:
         entry = self.find(tune_id)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from cluster.errors import ClusterError
 from cluster.exported_metrics import SweepMetrics
 from cluster.search import SearchSettings, run_search
@@ -18,10 +20,11 @@ from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker
 from cluster.tracking_tree import end_runs_below
 from jobs.driver import shown_path
-from jobs.recipe import RESOLVED_RECIPE, RecipeError
-from jobs.recipe_checks_tune import Search, local_room
+from jobs.recipe import RESOLVED_RECIPE
+from jobs.recipe_checks_tune import Search
 from jobs.tuning.book import BOOK, Book
 from jobs.tuning.results import BEST, TRIALS, figures, write_best, write_trials
+from jobs.tuning.room import trials_at_once
 from jobs.tuning.screen import SweepScreen, settings_words
 from jobs.tuning.trial import prepare_verb, run_trial
 
@@ -67,7 +70,7 @@ class Sweep:
             self.screen = screen
             screen.say(f"sweep    {self.run_dir}")
             keys = ", ".join(search.space)
-            screen.say(f"search   {search.trials} trials ({self._how()}) of {keys}")
+            screen.say(f"search   {search.trials} trials ({self.settings.how}) of {keys}")
             screen.wait("starting MLflow and Ray …")
             cluster = self.recipe.cluster
             with RaySession(
@@ -86,7 +89,7 @@ class Sweep:
                 self.tracker = self._make_tracker()
                 self.run_id = self.tracker.start(self.recipe.sections())
                 (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
-                concurrent = self._concurrent()
+                concurrent = trials_at_once(search, None if cluster.address is None else ray.nodes())
                 screen.say(f"trials   {concurrent} at a time, {search.metric} is to be {_extreme(search.mode)}")
                 error: BaseException | None = None
                 try:
@@ -189,38 +192,19 @@ class Sweep:
         )
 
     def _at_once(self) -> int:
-        """Trials for which the session must have room from the start."""
-        if self.recipe.cluster.address is not None:
-            return 1
-        return min(self.settings.max_concurrent or local_room(self.recipe, self.settings.verb), self.search.trials)
+        """Trials for which the session must have room from the start, or for which it waits."""
+        cluster, asked = self.recipe.cluster, self.settings.max_concurrent
+        if cluster.address is None:
+            return trials_at_once(self.search, None)
+        return min(asked, self.search.trials) if asked and cluster.queue_timeout else 1
 
     def _extra(self) -> tuple[float, float]:
-        """CPUs and GPUs of rollout actors, and of the controllers that each further trial has."""
-        own, count = self.recipe.ppo, self._at_once()
+        """CPUs and GPUs of all rollout actors together."""
+        own = self.recipe.ppo
         if self.settings.verb != "ppo" or own is None:
-            return float(count - 1), 0.0
-        actors = count * own.rollout_workers
-        return actors * own.rollout_cpus + count - 1, float(actors * own.rollout_gpus)
-
-    def _concurrent(self) -> int:
-        """Trials at a time: as told, or as many as there is room for."""
-        most = self.search.trials
-        if self.recipe.cluster.address is None:
-            return self._at_once()
-        import ray
-
-        found = room_for_trials(ray.nodes(), self.recipe, self.settings.verb)
-        asked = self.settings.max_concurrent
-        if asked is not None and asked > found:
-            raise RecipeError(
-                f"tune.max_concurrent={asked} trials at a time do not fit into the cluster, which has room for {found}"
-                f"; use tune.max_concurrent={found}, or add nodes"
-            )
-        return min(most, asked or found)
-
-    def _how(self) -> str:
-        own = self.settings
-        return own.search if own.scheduler == "none" else f"{own.search}, {own.scheduler}"
+            return 0.0, 0.0
+        actors = self._at_once() * own.rollout_workers
+        return actors * own.rollout_cpus, actors * own.rollout_gpus
 
     def _finish(self, error: BaseException | None) -> int:
         search, book, say = self.search, self.book, self.screen.say
@@ -282,24 +266,6 @@ class Sweep:
         say(f"  look      {uri if uri.startswith('http') else ui}")
         say(f"  table     {shown_path(self.run_dir / TRIALS)}")
         say(f"  train     {bin_dir}/mmada {self.settings.verb} {shlex.quote(shown_path(self.run_dir / BEST))}")
-
-
-def room_for_trials(nodes: list[dict[str, Any]], recipe: Any, verb: str) -> int:
-    """How many trials of a recipe fit at once on these nodes (what ``ray.nodes()`` says), at least one."""
-    from cluster.places import places
-
-    own = recipe.cluster
-    by_workers = places(nodes, own.cpus_per_worker, own.gpus_per_worker) // own.workers
-    if verb != "ppo" or recipe.ppo is None:
-        return max(1, by_workers)
-    extra = {
-        "CPU": recipe.ppo.rollout_workers * recipe.ppo.rollout_cpus,
-        "GPU": recipe.ppo.rollout_workers * recipe.ppo.rollout_gpus,
-    }
-    each = {"CPU": own.workers * own.cpus_per_worker + extra["CPU"], "GPU": own.workers * own.gpus_per_worker}
-    each["GPU"] += extra["GPU"]
-    there = {kind: sum(n["Resources"].get(kind, 0) for n in nodes if n["Alive"]) for kind in each}
-    return max(1, min([by_workers, *(int(there[kind] // each[kind]) for kind in each if each[kind])]))
 
 
 def _extreme(mode: str) -> str:

@@ -64,6 +64,7 @@ class _Trial:
         self.folder = self.sweep / "trials" / entry.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.known = entry.step  # Tune has heard of all up to there
+        self.first = entry.earlier[0]["settings"] if entry.earlier else self.settings
         self.reported = -1
 
     def run(self) -> dict[str, Any]:
@@ -72,6 +73,9 @@ class _Trial:
         recipe = self._recipe(attempt, resume=not is_new or self._is_takeover)
         log = quiet_terminal(self.folder / "trial.log")
         with log, self._tracked(attempt) as tracker:
+            if is_new and self._is_takeover:
+                assert self.channel.restored is not None
+                tracker.changed(self.channel.restored["step"], _plain(self.settings))
             prepare = prepare_verb(self.config["verb"])
             driver: Driver = prepare(recipe)(recipe.run_dir.resolve())
             (recipe.run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -106,7 +110,7 @@ class _Trial:
         self.reported = step
         if self.config["carries"] and "checkpoint" in row:
             self._carry(Path(row["checkpoint"]), step)
-        self.tracker.log(step, {self.metric: value, **_numbers(self.settings)})
+        self.tracker.log(step, {self.metric: value})
         if step < self._steps:  # the last comes with the end
             self.channel.report({"step": step, self.metric: value, "mlflow_run_id": self.tracker.run_id})
 
@@ -189,7 +193,7 @@ class _Trial:
             system_metrics_seconds=0,
         )
         self._told = "failed"
-        tracker.start(self.settings)
+        tracker.start(self.first)
         try:
             yield tracker
         finally:
@@ -207,13 +211,12 @@ def prepare_verb(verb: str) -> Callable[[Recipe], Callable[[Path], Driver]]:
     return prepare
 
 
-def _numbers(settings: Mapping[str, Any]) -> dict[str, float]:
-    """Settings that are numbers, as metrics: population-based training changes them on the way."""
-    flat = flatten(settings)
-    found = {}
-    for name, text in flat.items():
+def _plain(settings: Mapping[str, Any]) -> dict[str, float | str]:
+    """Settings by names with dots, numbers as such."""
+    found: dict[str, float | str] = {**flatten(settings)}
+    for name, text in found.items():
         with contextlib.suppress(ValueError):
-            found[f"setting.{name}"] = float(text)
+            found[name] = float(text)
     return found
 
 

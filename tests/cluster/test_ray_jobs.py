@@ -1,101 +1,28 @@
 """Ray's Jobs API on a real head that is guarded by a token, also through a connection that breaks."""
 
 import contextlib
-import os
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
 from pathlib import Path
 
-import psutil
 import pytest
-import requests
 
 from cluster.access_token import access_token
 from cluster.errors import ClusterError
 from cluster.ray_jobs import ConnectionLost, Job, RayJobs, dashboard_address
-from tests.cluster.test_session import MARK, free_port, processes_with
-
-TOKEN = uuid.uuid4().hex * 2
-
-
-def plain_environment(**more: str) -> dict[str, str]:
-    """This environment without what steers Ray, and without a path to this checkout."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))} | more
+from tests.cluster.head import TOKEN, living, running_head
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """A real `ray start --head` of three CPUs with its dashboard on loopback: (URL, storage folder)."""
+    """A real head that is guarded by a token, of three CPUs: (URL, storage folder)."""
     storage = tmp_path_factory.mktemp("storage")
-    temp_dir, mark = tempfile.mkdtemp(prefix="ray"), uuid.uuid4().hex  # a Unix socket's path has to be short
-    options = {
-        "port": free_port(),
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": (port := free_port()),
-        "dashboard-agent-listen-port": free_port(),
-        "ray-client-server-port": free_port(),
-        "min-worker-port": 0,  # any that is free: others may run a Ray of their own on this machine
-        "max-worker-port": 0,
-        "temp-dir": temp_dir,
-        "num-cpus": 3,
-    }
-    own = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": TOKEN,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "MMADA_STORAGE": str(storage),
-        "PATH": "/usr/bin:/bin",  # the python of this environment is not on it
-        MARK: mark,
-    }
-    process = subprocess.Popen(
-        [
-            Path(sys.executable).parent / "ray",
-            *("start", "--head", "--block"),
-            *(f"--{name}={value}" for name, value in options.items()),
-        ],
-        cwd=temp_dir,
-        env=plain_environment(**own),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    watchdog = threading.Timer(900, process.kill)
-    watchdog.start()
-    try:
-        for line in process.stdout:
-            if "Ray runtime started" in line:
-                break
-        else:
-            pytest.fail("ray start --head ended without starting")
-        yield f"http://127.0.0.1:{port}", storage
-    finally:
-        watchdog.cancel()
-        process.kill()  # Ray's own way of ending takes half a minute, and is not what is tested here
-        for left in marked(mark):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                left.kill()
-        process.wait(timeout=60)
-        process.stdout.close()
-        left_over = processes_with(mark, wait_s=10)
-        shutil.rmtree(temp_dir, ignore_errors=True)
-    assert left_over == []
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if process.environ().get(MARK) == mark:
-                found.append(process)
-    return found
+    with running_head(storage) as started:
+        yield started.url, storage
 
 
 @pytest.fixture
@@ -275,20 +202,13 @@ def test_a_training_job_that_is_stopped_leaves_no_actor_on_the_cluster(head, tok
     while "said" not in (said := jobs.logs(job_id)) and time.monotonic() < deadline:
         assert not jobs.job(job_id).has_ended, said
         time.sleep(0.5)
-    assert {"EndingCleaner", "RayTrainWorker"} <= living_actors(jobs)
+    assert {"EndingCleaner", "RayTrainWorker"} <= {*living(jobs.address)["actors"]}
     jobs.stop(job_id)
     assert jobs.wait(job_id, 90).status == "STOPPED"
     deadline = time.monotonic() + 60
-    while (left := living_actors(jobs) - {"_AutoscalingCoordinatorActor"}) and time.monotonic() < deadline:
+    while (left := living(jobs.address)["actors"]) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert left == set()  # but for the one that Ray keeps once for the whole cluster
-
-
-def living_actors(jobs: RayJobs) -> set[str]:
-    """What Ray's state API says is not dead."""
-    alive = {"filter_keys": "state", "filter_predicates": "!=", "filter_values": "DEAD"}
-    answer = requests.get(f"{jobs.address}/api/v0/actors", params=alive, headers=jobs.headers, timeout=60)
-    return {actor["class_name"] for actor in answer.json()["data"]["result"]["result"]}
 
 
 def test_an_address_comes_from_the_command_line_then_from_the_environment(monkeypatch):

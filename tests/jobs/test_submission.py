@@ -21,7 +21,8 @@ from jobs.submission.package import make_package
 from jobs.submission.pins import needed_pins, pins, requirements
 from jobs.submission.room import check_room, files_elsewhere
 from jobs.submission.submit import entrypoint
-from tests.cluster.test_ray_jobs import TOKEN, head, plain_environment, token  # noqa: F401 (fixtures)
+from tests.cluster.head import TOKEN, plain_environment
+from tests.cluster.test_ray_jobs import head, token  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

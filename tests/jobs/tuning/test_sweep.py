@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,29 +13,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 
-MARK = "MMADA_TEST_SWEEP"
+from tests.cluster.head import TOKEN, Head, living, marked, plain_environment, running_head
+from tests.cluster.test_session import MARK, processes_with
+
 STATUS = {"done": "FINISHED", "stopped": "KILLED"}
 
 
 class Sweeping:
-    """Starts ``mmada`` in a folder, and knows every process that has come of it."""
+    """Starts ``mmada`` in a folder, on a cluster, and knows every process that has come of it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.mark = folder, uuid.uuid4().hex
+    def __init__(self, folder: Path, head: Head) -> None:
+        self.folder, self.head, self.mark = folder, head, uuid.uuid4().hex
         self.sweep = folder / "runs" / "sweep"
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        # Not in Ray's own session: pytest's environment may know one.
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        command = [sys.executable, "-m", "jobs.cli", *arguments]
+        own = {MARK: self.mark, "PYTHONPATH": str(Path(__file__).parents[3])}
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", "jobs.cli", *arguments],
             cwd=self.folder,
-            env={**environment, MARK: self.mark, "PYTHONPATH": str(Path(__file__).parents[3])},
+            env=plain_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, **own),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -44,6 +42,7 @@ class Sweeping:
 
     def tune(self, *overrides: str) -> subprocess.Popen[str]:
         keys = ["run.name=sweep", "data.limit_documents=60", "train.steps=40", "train.evaluate_rows=4"]
+        keys.append(f"cluster.address={self.head.address}")
         return self.start("tune", "tune-debug", *keys, *overrides)
 
     def trials(self) -> dict[int, dict[str, Any]]:
@@ -51,15 +50,8 @@ class Sweeping:
         trials = json.loads(book.read_text())["trials"] if book.exists() else []
         return {each["number"]: each for each in trials}
 
-    def processes(self, word: str = "") -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and word in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+    def ended(self) -> dict[int, dict[str, Any]]:
+        return {number: trial for number, trial in self.trials().items() if trial["status"] in STATUS}
 
     def until(self, driver: subprocess.Popen[str], holds: Callable[[], object]) -> None:
         deadline = time.monotonic() + 240
@@ -69,34 +61,50 @@ class Sweeping:
             time.sleep(0.1)
 
     def all_gone(self) -> None:
-        deadline = time.monotonic() + 120  # Ray's own agents notice late that their raylet has died
-        while self.processes():
-            assert time.monotonic() < deadline, [process.cmdline() for process in self.processes()]
+        """Nothing of it is on the cluster any more, nor a process beside it."""
+        deadline = time.monotonic() + 60
+        while (left := processes_with(self.mark)) or any(living(self.head.url).values()):
+            assert time.monotonic() < deadline, (left, living(self.head.url))
             time.sleep(0.5)
+        titles = (" ".join(process.cmdline()) for process in marked(self.head.mark))
+        assert [title for title in titles if "Train" in title] == []
+
+    def holds_what_runs(self) -> bool:
+        """Whether the cluster holds as many controllers, workers and places as trials are running now."""
+        running = [number for number, trial in self.trials().items() if trial["status"] == "running"]
+        held = living(self.head.url)
+        counts = [held["actors"].count(name) for name in ("TrainController", "RayTrainWorker")]
+        after = [number for number, trial in self.trials().items() if trial["status"] == "running"]
+        # A trial has a place of its own, and another for its worker.
+        return running == after and [*counts, len(held["placement_groups"])] == [len(running)] * 2 + [2 * len(running)]
 
 
 @pytest.mark.timeout(900)
 def test_a_sweep_that_is_ended_in_every_way_goes_on(tmp_path: Path) -> None:
-    own = Sweeping(tmp_path)
+    with running_head(tmp_path) as head:
+        _end_it_in_every_way(Sweeping(tmp_path, head))
 
+
+def _end_it_in_every_way(own: Sweeping) -> None:
     driver = own.tune()
     own.until(driver, lambda: any(trial["step"] >= 8 for trial in own.trials().values()))
     driver.send_signal(signal.SIGINT)
     said = driver.communicate(timeout=90)[0]
-    assert driver.returncode == 130 and "go on with run.resume=true" in said and "Traceback" not in said
+    assert driver.returncode == 130 and "go on with run.resume=true" in said and "Traceback" not in said, said
     own.all_gone()
 
     driver = own.tune("run.resume=true")
-    own.until(driver, lambda: any(trial["status"] in STATUS for trial in own.trials().values()))
+    own.until(driver, own.ended)
     driver.kill()
     driver.communicate()
     own.all_gone()
-    ended = {number: trial for number, trial in own.trials().items() if trial["status"] in STATUS}
+    ended = own.ended()
 
     driver = own.tune("run.resume=true")
     for word in ("ResourceTrainable", "RayTrainWorker"):  # a trial, as Tune calls its class; a trainer's worker
-        own.until(driver, lambda word=word: own.processes(word))
-        own.processes(word)[0].kill()
+        own.until(driver, lambda word=word: own.head.processes(word))
+        own.head.processes(word)[0].kill()
+    own.until(driver, lambda: {*own.ended()} - {*ended} and own.holds_what_runs())
     said = driver.communicate(timeout=400)[0]
     assert driver.returncode == 0 and "Traceback" not in said, said
     own.all_gone()
@@ -136,7 +144,7 @@ def _best_is_what_it_says(own: Sweeping, trials: dict[int, dict[str, Any]]) -> N
     assert summary["best"]["value"] == min(done.values()) == done[summary["best"]["trial"]]
     rows = [*csv.DictReader((own.sweep / "trials.csv").read_text().splitlines())]
     assert [(int(row["trial"]), row["status"]) for row in rows] == [(n, trials[n]["status"]) for n in sorted(trials)]
-    driver = own.start("train", str(own.sweep / "best.yaml"))
+    driver = own.start("train", str(own.sweep / "best.yaml"), "cluster.address=null")
     said = driver.communicate(timeout=200)[0]
     assert driver.returncode == 0, said
     again = json.loads((own.folder / "runs" / "sweep-best" / "summary.json").read_text())

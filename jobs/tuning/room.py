@@ -1,0 +1,47 @@
+"""How many trials of a search run at a time: as many as this machine's cores, or a cluster's nodes, have room for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from cluster.places import places, total
+from jobs.recipe import Recipe, RecipeError
+from jobs.recipe_checks_tune import Search
+
+
+def trials_at_once(search: Search, nodes: list[dict[str, Any]] | None) -> int:
+    """As many as ``tune.max_concurrent`` says, or as there is room for; at least one, at most all.
+
+    ``nodes``: a cluster's, as ``ray.nodes()`` says them, or None for Ray that is started here and shares the cores out
+    to whatever it is asked for. Raises RecipeError for more than a cluster has room for.
+    """
+    asked, verb = search.settings.max_concurrent, search.settings.verb
+    found = room_here(search.recipe, verb) if nodes is None else room_on(nodes, search.recipe, verb)
+    if nodes is not None and asked is not None and asked > found:
+        raise RecipeError(
+            f"tune.max_concurrent={asked} trials at a time do not fit into the cluster, which has room for {found}; "
+            f"use tune.max_concurrent={found}, add nodes, or wait for them with cluster.queue_timeout=600"
+        )
+    return min(asked or found, search.trials)
+
+
+def room_here(recipe: Recipe, verb: str) -> int:
+    """Trials that this machine has cores for."""
+    workers = recipe.cluster.workers + (recipe.ppo.rollout_workers if verb == "ppo" and recipe.ppo else 0)
+    threads = recipe.cluster.threads_per_worker or 1
+    return max(1, (os.cpu_count() or 1) // (workers * threads))
+
+
+def room_on(nodes: list[dict[str, Any]], recipe: Recipe, verb: str) -> int:
+    """Trials whose workers, and rollout actors, fit on these nodes."""
+    own, ppo = recipe.cluster, recipe.ppo
+    found = [places(nodes, own.cpus_per_worker, own.gpus_per_worker) // own.workers]
+    if verb == "ppo" and ppo is not None:
+        # Where the actors go is for Ray's scheduler: theirs is counted as a whole.
+        each = {
+            "CPU": own.workers * own.cpus_per_worker + ppo.rollout_workers * ppo.rollout_cpus,
+            "GPU": own.workers * own.gpus_per_worker + ppo.rollout_workers * ppo.rollout_gpus,
+        }
+        found += [int(total(nodes, kind) // wanted) for kind, wanted in each.items() if wanted]
+    return max(1, min(found))
