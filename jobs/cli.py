@@ -28,6 +28,9 @@ class CommandError(ValueError):
     """A command line that cannot be carried out; the message is one line: argument, value, remedy."""
 
 
+Add = Callable[..., argparse.ArgumentParser]  # a verb and a line about it, which gives the verb's parser
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line and not a page of usage."""
 
@@ -284,6 +287,16 @@ def build_parser() -> Parser:
         each.set_defaults(call=VERBS[verb])
         return each
 
+    _add_runs(add)
+    _add_models(add)
+    _add_measurements(add)
+    submission.add_parsers(add)
+    _add_records(add)
+    return parser
+
+
+def _add_runs(add: Add) -> None:
+    """Verbs that take a recipe."""
     recipe = f"a YAML file, or one of: {', '.join(recipe_names())}"
     for verb, summary in (
         ("train", "train the model of a recipe, or go on with run.resume=true"),
@@ -299,6 +312,15 @@ def build_parser() -> Parser:
         if verb == "plan":
             each.add_argument("--address", metavar="URL", help="a cluster's dashboard: is there room for the recipe?")
 
+    each = add("profile", "measure what each part of a recipe's model costs, and the model without it")
+    each.add_argument("recipe", metavar="RECIPE", help=recipe)
+    each.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a key of it")
+    each.add_argument("--rounds", type=int_from(2), default=9, metavar="N", help="timed rounds (default: 9)")
+    each.add_argument("--json", type=file_to_write, metavar="FILE", help="write every single time there, too")
+
+
+def _add_models(add: Add) -> None:
+    """Verbs that take what has been trained."""
     where = "a checkpoint, a run's folder (its newest good checkpoint) or a saved model"
     each = add("export", "write a checkpoint's model as a Hugging Face folder")
     each.add_argument("checkpoint", metavar="CHECKPOINT", help=where)
@@ -324,12 +346,14 @@ def build_parser() -> Parser:
     each.add_argument("--show", type=int_from(0), default=0, metavar="N", help="print the first N answers, too")
     each.add_argument("--json", type=file_to_write, metavar="FILE", help="write every answer and figure there, too")
 
-    each = add("profile", "measure what each part of a recipe's model costs, and the model without it")
-    each.add_argument("recipe", metavar="RECIPE", help=recipe)
-    each.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="replaces a key of it")
-    each.add_argument("--rounds", type=int_from(2), default=9, metavar="N", help="timed rounds (default: 9)")
-    each.add_argument("--json", type=file_to_write, metavar="FILE", help="write every single time there, too")
+    each = add("register", "put a checkpoint's model into MLflow's registry, as its next version")
+    each.add_argument("checkpoint", metavar="CHECKPOINT", help=where)
+    each.add_argument("name", metavar="NAME", help="the registered model's name")
+    each.add_argument("--uri", metavar="URI", help="an MLflow server or file (default: where its run was recorded)")
 
+
+def _add_measurements(add: Add) -> None:
+    """Verbs that compare, and say so in numbers."""
     own = "one of those below; its own arguments follow, --help among them"
     each = add("bench", "measure, and print the numbers", bench_names())
     each.add_argument("name", metavar="NAME", help=own)
@@ -340,20 +364,15 @@ def build_parser() -> Parser:
     each = add("study", "compare variants of a recipe over several seeds", titles)
     each.add_argument("name", metavar="NAME", help=own)
 
-    submission.add_parsers(add)
 
-    each = add("register", "put a checkpoint's model into MLflow's registry, as its next version")
-    each.add_argument("checkpoint", metavar="CHECKPOINT", help=where)
-    each.add_argument("name", metavar="NAME", help="the registered model's name")
-    each.add_argument("--uri", metavar="URI", help="an MLflow server or file (default: where its run was recorded)")
-
+def _add_records(add: Add) -> None:
+    """Verbs for what runs leave, and for what they need."""
     each = add("send", "send what a run could not tell MLflow while it went on")
     each.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, <run.dir>/<run.name>")
     each.add_argument("--uri", metavar="URI", help="where the MLflow server is now (default: where it was)")
 
     each = add("doctor", "show what this machine has, what is missing and how to get it")
     each.add_argument("--deep", action="store_true", help="start Ray and write to an MLflow store, too")
-    return parser
 
 
 if __name__ == "__main__":
