@@ -24,7 +24,7 @@ from cluster.trial_actor import TrialActor, TrialWork
 EXPERIMENT = "tune"
 COPIES = "copies"
 LONGEST_CLEAN_UP_S = 120  # of a trial that is told to stop, before it is killed
-LONGEST_STEP_S = 30  # of Tune, after which it looks whether it is told to stop
+LONGEST_STOP_S = 30  # of Tune, which gives trials in the midst of work ten seconds and then kills them
 DEATHS = 2  # of a trial's own process, after which it counts as failed
 ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "0",  # its state is written at every event: what is not written runs again
@@ -94,6 +94,12 @@ class SearchListener(Protocol):
     def reported(self, trial: str, report: dict[str, Any]) -> None:
         """An evaluation, or its end (``done``)."""
 
+    def paused(self, trials: set[str]) -> None:
+        """These, and no others, wait for their turn: in population-based training with fewer places than trials."""
+
+    def stopping(self) -> None:
+        """The search ends early. Called in the thread of `run_search`."""
+
     def ended(self, trial: str, drawn: dict[str, Any], error: str | None) -> None:
         """It will not run again: done, stopped by the scheduler, or dead (``error``)."""
 
@@ -104,15 +110,22 @@ class _Telling(tune.Callback):
     def __init__(self, listener: SearchListener | None = None, stop: threading.Event | None = None) -> None:
         self.listener, self.stop = listener, stop
         self.failure: Exception | None = None  # of the listener: Tune itself logs most of them and goes on
+        self.paused: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"listener": None, "stop": None, "failure": None}
+        return {"listener": None, "stop": None, "failure": None, "paused": set()}
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.stop is not None and self.stop.is_set():
             raise SearchStopped("the search was told to stop")
         if self.failure is not None:
             raise self.failure
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        paused = {trial.trial_id for trial in trials if trial.status == "PAUSED"}
+        if paused != self.paused:
+            self.paused = paused
+            self._tell("paused", paused)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell("started", trial.trial_id, dict(trial.config))
@@ -184,7 +197,8 @@ def run_search(
             keep_whole(folder / EXPERIMENT, folder / COPIES)
     except BaseException:
         stop.set()
-        has_ended.wait(LONGEST_STEP_S)
+        listener.stopping()
+        has_ended.wait(LONGEST_STOP_S)
         raise
     if raised:
         raise raised[0]

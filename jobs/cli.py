@@ -129,10 +129,10 @@ def tune(options: argparse.Namespace) -> int:
     """Check a search and run it."""
     from jobs.recipe import load_values
     from jobs.recipe_checks import check_run
-    from jobs.recipe_checks_tune import check_tune
+    from jobs.recipe_checks_tune import COMPARED, check_tune
 
     search = check_tune(load_values(options.recipe, options.overrides))
-    check_run(search.recipe)
+    check_run(search.recipe, COMPARED)
     from jobs.tuning.sweep import run
 
     return run(search)

@@ -335,8 +335,11 @@ def check_gpus(recipe: Recipe) -> None:
         )
 
 
-def check_run(recipe: Recipe) -> None:
-    """Raise RecipeError unless the run's folder is free, or holds a run that this recipe can go on with."""
+def check_run(recipe: Recipe, fixed: frozenset[str] = frozenset()) -> None:
+    """Raise RecipeError unless the run's folder is free, or holds a run that this recipe can go on with.
+
+    ``fixed``: keys that must be as they were, beside those that decide what is learned.
+    """
     check_run_dir(recipe)
     folder = recipe.run_dir
     if folder.exists() and not folder.is_dir():
@@ -354,7 +357,7 @@ def check_run(recipe: Recipe) -> None:
     saved = folder / RESOLVED_RECIPE
     if not saved.is_file():
         raise RecipeError(f"run.resume=true finds no run in {folder}; leave it out, or name a run in {recipe.run.dir}")
-    check_resumed(recipe, saved)
+    check_resumed(recipe, saved, fixed)
 
 
 def check_run_dir(recipe: Recipe) -> None:
@@ -366,7 +369,7 @@ def check_run_dir(recipe: Recipe) -> None:
         raise RecipeError(f"run.dir={recipe.run.dir} cannot be written to ({parent}); give another folder")
 
 
-def check_resumed(recipe: Recipe, saved: Path) -> None:
+def check_resumed(recipe: Recipe, saved: Path, fixed: frozenset[str] = frozenset()) -> None:
     """What is learned has not changed since the run began; ``saved`` is its resolved recipe."""
     try:
         before = Recipe.model_validate(recipe_yaml.parse(saved.read_text(encoding="utf-8"))).flattened()
@@ -378,8 +381,9 @@ def check_resumed(recipe: Recipe, saved: Path) -> None:
             f"train.zero_stage={now['train.zero_stage']} cannot take up checkpoints of ZeRO stage 0; "
             "use train.zero_stage=0 as then, or choose another run.name"
         )
+    changeable = CHANGEABLE_ON_RESUME - fixed
     for key in sorted(before.keys() | now.keys()):
-        if key in CHANGEABLE_ON_RESUME or key.startswith(("cluster.", "tracking.")) or before.get(key) == now.get(key):
+        if key in changeable or key.startswith(("cluster.", "tracking.")) or before.get(key) == now.get(key):
             continue
         if key not in before:
             remedy = f"{key} was not set then: leave it out, or choose another run.name"

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 MAX_GRID = 1000  # combinations
 MAX_CORNERS = 200  # recipes looked at
+# What trials of one sweep have in common, for the first to be comparable with the last.
+COMPARED = frozenset(
+    ("train.steps", "train.evaluate_every", "train.evaluate_rows", "ppo.iterations", "ppo.evaluate_every")
+)
 # What a run may change between two of its steps, and its checkpoint does not hold.
 IN_FLIGHT = re.compile(
     r"train\.(learning_rate|min_learning_rate_ratio|clip_grad_norm)"

@@ -8,9 +8,10 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.ray_jobs import RayJobs
-from jobs.recipe import Recipe, RecipeError, find_recipe, load_recipe
+from jobs.recipe import Recipe, RecipeError, find_recipe, load_values, recipe_of
 from jobs.submission.look import STORAGE_VARIABLE, Inside, look_inside
 from jobs.submission.package import Package, make_package
 from jobs.submission.pins import needed_pins, requirements
@@ -24,33 +25,42 @@ STOP_SECONDS = 60
 JOINS_ITS_CLUSTER = "cluster.address=auto"
 
 
-def _check_train(recipe: Recipe, jobs: RayJobs, nodes: list[dict]) -> list[str]:
+def _check_train(recipe: Recipe, values: dict[str, Any], jobs: RayJobs, nodes: list[dict]) -> list[str]:
     from jobs.submission.planning import plan_at
 
     return list(plan_at(recipe, jobs, nodes).warnings)
 
 
-def _check_ppo(recipe: Recipe, jobs: RayJobs, nodes: list[dict]) -> list[str]:
+def _check_ppo(recipe: Recipe, values: dict[str, Any], jobs: RayJobs, nodes: list[dict]) -> list[str]:
     from jobs.recipe_checks_ppo import check_ppo, completed
 
     check_ppo(completed(recipe))
     return []
 
 
-def _check_there(recipe: Recipe, jobs: RayJobs, nodes: list[dict]) -> list[str]:
-    """What a search or a measurement needs beyond its recipe is checked where it runs, before it begins."""
+def _check_tune(recipe: Recipe, values: dict[str, Any], jobs: RayJobs, nodes: list[dict]) -> list[str]:
+    from jobs.recipe_checks_tune import check_tune
+    from jobs.tuning.room import trials_at_once
+
+    trials_at_once(check_tune(values), nodes)
+    return []
+
+
+def _check_there(recipe: Recipe, values: dict[str, Any], jobs: RayJobs, nodes: list[dict]) -> list[str]:
+    """What a measurement needs beyond its recipe is checked where it runs, before it begins."""
     return []
 
 
 @dataclass(frozen=True)
 class Submittable:
-    """A verb that makes sense as a job: ``check`` is what can be checked here of its recipe, and gives doubts.
+    """A verb that makes sense as a job: ``check`` is what can be checked here of its recipe and the values
+    that it was made of, and gives doubts.
 
     ``num_cpus`` are set aside for the command itself: 0 for one that only drives others and may run on a head that
     does no work.
     """
 
-    check: Callable[[Recipe, RayJobs, list[dict]], list[str]]
+    check: Callable[[Recipe, dict[str, Any], RayJobs, list[dict]], list[str]]
     takes_recipe: bool = True
     num_cpus: int = 0
 
@@ -58,7 +68,7 @@ class Submittable:
 VERBS = {
     "train": Submittable(_check_train),
     "ppo": Submittable(_check_ppo),
-    "tune": Submittable(_check_there),
+    "tune": Submittable(_check_tune),
     "evaluate": Submittable(_check_there, takes_recipe=False, num_cpus=1),
 }
 
@@ -91,7 +101,8 @@ def run(order: Order, known_verbs: Iterable[str]) -> int:
                 f"{override} has no part in a submitted run, which joins the cluster of --address; leave it out"
             )
     file = find_recipe(order.target) if verb.takes_recipe else None
-    recipe = load_recipe(file, [*order.overrides, JOINS_ITS_CLUSTER]) if file is not None else None
+    values = load_values(file, [*order.overrides, JOINS_ITS_CLUSTER]) if file is not None else {}
+    recipe = recipe_of(values) if file is not None else None
     jobs = RayJobs(order.address)
     jobs.version()
     if recipe is not None:
@@ -100,7 +111,7 @@ def run(order: Order, known_verbs: Iterable[str]) -> int:
         if elsewhere := files_elsewhere(recipe):
             notes = [f"not on this machine: {listed(elsewhere, 'and')}; the job checks the recipe on the cluster"]
         else:
-            notes = verb.check(recipe, jobs, nodes)
+            notes = verb.check(recipe, values, jobs, nodes)
         say("cluster", there)
         for note in [*notes, *not_sent(recipe, order.files)]:
             say("note", note)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 BOOK = "sweep.json"
-WAITING, RUNNING, ENDED = "waiting", "running", ("done", "stopped", "failed")
+# Waiting for another driver to take them up; running; paused by the scheduler; ended.
+WAITING, RUNNING, PAUSED, ENDED = "waiting", "running", "paused", ("done", "stopped", "failed")
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Book:
         if self.path.exists():
             self.identity, self.trials = read_book(sweep_dir)
             for entry in self.trials.values():
-                entry.status = WAITING if entry.status == RUNNING else entry.status
+                entry.status = entry.status if entry.status in ENDED else WAITING
         else:
             self.write()
 
@@ -104,6 +105,12 @@ class Book:
         self.write()
         return entry
 
+    def pause(self, tune_ids: set[str]) -> None:
+        """These have no process now; those that had none and are not among them run again."""
+        for entry in self.with_status(RUNNING, PAUSED):
+            entry.status = PAUSED if entry.tune_id in tune_ids else RUNNING
+        self.write()
+
     def end(self, tune_id: str, error: str | None) -> TrialEntry:
         """It will not run again; what has not said so itself was stopped."""
         entry = self.trials[self._number(tune_id)]
@@ -111,7 +118,7 @@ class Book:
             return entry
         self._count_seconds(entry)
         self._since.pop(entry.number, None)
-        if entry.status == RUNNING:
+        if entry.status in (RUNNING, PAUSED):
             entry.status, entry.error = ("failed", error) if error else ("stopped", None)
         self.write()
         return entry

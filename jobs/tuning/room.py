@@ -18,7 +18,8 @@ def trials_at_once(search: Search, nodes: list[dict[str, Any]] | None) -> int:
     """
     asked, verb = search.settings.max_concurrent, search.settings.verb
     found = room_here(search.recipe, verb) if nodes is None else room_on(nodes, search.recipe, verb)
-    if nodes is not None and asked is not None and asked > found:
+    waits = search.recipe.cluster.queue_timeout > 0  # the session does, for as many as are asked for
+    if nodes is not None and asked is not None and asked > found and not waits:
         raise RecipeError(
             f"tune.max_concurrent={asked} trials at a time do not fit into the cluster, which has room for {found}; "
             f"use tune.max_concurrent={found}, add nodes, or wait for them with cluster.queue_timeout=600"
@@ -27,10 +28,16 @@ def trials_at_once(search: Search, nodes: list[dict[str, Any]] | None) -> int:
 
 
 def room_here(recipe: Recipe, verb: str) -> int:
-    """Trials that this machine has cores for."""
-    workers = recipe.cluster.workers + (recipe.ppo.rollout_workers if verb == "ppo" and recipe.ppo else 0)
-    threads = recipe.cluster.threads_per_worker or 1
-    return max(1, (os.cpu_count() or 1) // (workers * threads))
+    """Trials that this machine has cores, and GPUs, for."""
+    cluster, ppo = recipe.cluster, recipe.ppo if verb == "ppo" else None
+    workers = cluster.workers + (ppo.rollout_workers if ppo else 0)
+    found = (os.cpu_count() or 1) // (workers * (cluster.threads_per_worker or 1))
+    gpus = cluster.workers * cluster.gpus_per_worker + (ppo.rollout_workers * ppo.rollout_gpus if ppo else 0)
+    if gpus:
+        import torch
+
+        found = min(found, int(torch.cuda.device_count() // gpus))
+    return max(1, found)
 
 
 def room_on(nodes: list[dict[str, Any]], recipe: Recipe, verb: str) -> int:

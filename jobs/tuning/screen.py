@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.console import LiveConsole
-from jobs.tuning.book import Book, TrialEntry
+from jobs.tuning.book import ENDED, Book, TrialEntry
 from jobs.wording import shown
 
 _ROWS = 12  # of trials that are shown, the running ones first
@@ -45,7 +45,7 @@ class SweepScreen(LiveConsole):
         return f"{entry.status:<8} step {entry.step:>5}  {value}"
 
     def _screen(self, book: Book) -> RenderableType:
-        counts = {status: len(book.with_status(status)) for status in ("running", "done", "stopped", "failed")}
+        counts = {status: len(book.with_status(status)) for status in ("running", "paused", *ENDED)}
         waiting = max(0, self.trials - sum(counts.values()))
         words = [f"{count} {status}" for status, count in {**counts, "to come": waiting}.items() if count]
         best = book.best(self.mode)

@@ -82,14 +82,15 @@ class Sweep:
                 timeout_s=cluster.start_timeout,
                 extra_cpus=self._extra()[0],
                 extra_gpus=self._extra()[1],
+                extra_actors=self._extra()[2],
                 queue_timeout_s=cluster.queue_timeout,
                 on_wait=screen.wait,
             ) as session:
+                concurrent = trials_at_once(search, None if cluster.address is None else ray.nodes())
                 self.book = Book(self.run_dir)
                 self.tracker = self._make_tracker()
                 self.run_id = self.tracker.start(self.recipe.sections())
                 (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
-                concurrent = trials_at_once(search, None if cluster.address is None else ray.nodes())
                 screen.say(f"trials   {concurrent} at a time, {search.metric} is to be {_extreme(search.mode)}")
                 error: BaseException | None = None
                 try:
@@ -125,6 +126,15 @@ class Sweep:
         self.book.report(trial, report, self.search.metric)
         self._export()
         self.screen.refresh(self.book)
+
+    def paused(self, trials: set[str]) -> None:
+        """These trials wait for their turn."""
+        self.book.pause(trials)
+        self.screen.refresh(self.book)
+
+    def stopping(self) -> None:
+        """The search was interrupted, and its trials are given some seconds."""
+        self.screen.wait("stopping the trials …")
 
     def ended(self, trial: str, drawn: dict[str, Any], error: str | None) -> None:
         """A trial will not run again; one whose process never came up has not even started."""
@@ -170,7 +180,7 @@ class Sweep:
             "space": {key: section.model_dump(exclude_none=True) for key, section in search.space.items()},
             "verb": own.verb,
             "metric": search.metric,
-            "carries": own.scheduler == "pbt",
+            "carries": self._carries(),
             "uri": self.tracker.uri,
             "experiment": self.recipe.tracking.experiment,
             "sweep_run": self.run_id,
@@ -179,6 +189,11 @@ class Sweep:
             "start_timeout": self.recipe.cluster.start_timeout,
         }
         run_search(search.dimensions, settings, run_trial, config, self.run_dir / STATE, self)
+
+    def _carries(self) -> int:
+        """Checkpoints of a trial that another may still go on from: of the last two comparisons, and what follows."""
+        every = self.recipe.train.evaluate_every
+        return 2 * -(-self.search.grace_period // every) + 2 if self.settings.scheduler == "pbt" else 0
 
     def _make_tracker(self) -> Tracker:
         own = self.recipe.tracking
@@ -198,13 +213,13 @@ class Sweep:
             return trials_at_once(self.search, None)
         return min(asked, self.search.trials) if asked and cluster.queue_timeout else 1
 
-    def _extra(self) -> tuple[float, float]:
-        """CPUs and GPUs of all rollout actors together."""
+    def _extra(self) -> tuple[float, float, int]:
+        """CPUs and GPUs of all rollout actors together, and how many those are."""
         own = self.recipe.ppo
         if self.settings.verb != "ppo" or own is None:
-            return 0.0, 0.0
+            return 0.0, 0.0, 1
         actors = self._at_once() * own.rollout_workers
-        return actors * own.rollout_cpus, actors * own.rollout_gpus
+        return actors * own.rollout_cpus, actors * own.rollout_gpus, actors
 
     def _finish(self, error: BaseException | None) -> int:
         search, book, say = self.search, self.book, self.screen.say
@@ -256,7 +271,8 @@ class Sweep:
             "mlflow_run_id": self.run_id,
         }
         if error is not None:
-            summary["error"] = str(error) or type(error).__name__
+            is_signal = isinstance(error, SystemExit)  # the session makes one of SIGTERM: its text is a number
+            summary["error"] = "ended by SIGTERM" if is_signal else str(error) or type(error).__name__
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     def _say_what_next(self) -> None:

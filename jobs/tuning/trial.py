@@ -8,15 +8,22 @@ first one. After a pause or a crash the newest attempt goes on.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
+
+from cluster.errors import ClusterError
+from cluster.nodes import survey
+from cluster.places import places
 from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker, flatten
 from cluster.trial_actor import Channel
@@ -25,20 +32,23 @@ from jobs.progress import read_metrics
 from jobs.recipe import RESOLVED_RECIPE, Recipe, recipe_of
 from jobs.recipe_checks_tune import with_settings
 from jobs.recipe_schema_tune import DistributionSection
+from jobs.shrinking import possible_workers
 from jobs.tuning.book import ENDED, TrialEntry, read_book, trial_name
 from jobs.tuning.space import settings_of
 
 ORIGIN = "origin.json"  # in an attempt's folder: what it began from and with
-CARRIED = "carried"  # in a trial's folder: checkpoints that another trial may still go on from
-KEPT_CARRIED = 3
+CARRIED = "carried"  # in a trial's folder: checkpoints, by attempt, that another trial may still go on from
+LOCK = "lock"  # in a trial's folder: held by the process that runs it
+LONGEST_END_S = 180.0  # of the process that ran the trial before a pause
+_LOOK_EVERY_S = 0.5
 
 
 def run_trial(drawn: dict[str, Any], config: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """The work of a trial; its last report: ``status`` done, failed or stopped, ``step``, and the metric.
 
     ``config``: ``sweep`` (the sweep's folder), ``values`` of the recipe, ``space``, ``verb``, ``metric``, ``carries``
-    (whether checkpoints go from trial to trial), ``uri`` and ``sweep_run`` of MLflow, ``name`` of the sweep, ``cwd``,
-    ``address`` of Ray, ``start_timeout``.
+    (how many checkpoints each trial keeps for others to go on from; 0: they do not), ``uri`` and ``sweep_run`` of
+    MLflow, ``name`` of the sweep, ``cwd``, ``address`` of Ray, ``start_timeout``.
     """
     os.chdir(config["cwd"])
     sys.path[:0] = [config["cwd"]] if config["cwd"] not in sys.path else []
@@ -48,7 +58,9 @@ def run_trial(drawn: dict[str, Any], config: dict[str, Any], channel: Channel) -
     if entry.status in ENDED:  # and the driver that heard it died before Tune wrote it down
         known = {} if entry.value is None else {config["metric"]: entry.value}
         return {"status": entry.status, "step": entry.step, "error": entry.error, **known}
-    return _Trial(entry, identity, drawn, config, channel).run()
+    trial = _Trial(entry, identity, drawn, config, channel)
+    with trial.alone():
+        return trial.run()
 
 
 class _Trial:
@@ -67,6 +79,24 @@ class _Trial:
         self.first = entry.earlier[0]["settings"] if entry.earlier else self.settings
         self.reported = -1
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait for the trial's process before a pause, which may still be ending, and keep others out.
+
+        Raises ClusterError when it does not end.
+        """
+        deadline = time.monotonic() + LONGEST_END_S
+        with open(self.folder / LOCK, "w") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise ClusterError(f"another process runs {self.folder.name} in {self.sweep}") from None
+                    time.sleep(_LOOK_EVERY_S)
+            yield
+
     def run(self) -> dict[str, Any]:
         """Run; the trial's last report."""
         attempt, is_new = self._attempt()
@@ -76,8 +106,13 @@ class _Trial:
             if is_new and self._is_takeover:
                 assert self.channel.restored is not None
                 tracker.changed(self.channel.restored["step"], _plain(self.settings))
+            self.attempt = attempt
+            self._begin_to_carry()
             prepare = prepare_verb(self.config["verb"])
             driver: Driver = prepare(recipe)(recipe.run_dir.resolve())
+            if (workers := self._room(driver)) != recipe.cluster.workers:
+                recipe = driver.resized(recipe, workers)
+                driver = prepare(recipe)(recipe.run_dir.resolve())
             (recipe.run_dir / "logs").mkdir(parents=True, exist_ok=True)
             driver.tracked_as = TrackedAs(
                 uri=self.config["uri"],
@@ -99,8 +134,30 @@ class _Trial:
             values = getattr(driver, "accuracy", values) if self.metric == "held_out_accuracy" else values
             if values and max(values) == summary["steps"]:
                 last[self.metric] = values[max(values)]
-                tracker.log(last["step"], {self.metric: last[self.metric]})
+                self._log(last["step"], last[self.metric])
             return last | {"mlflow_run_id": tracker.run_id, "checkpoint": summary["checkpoint"]}
+
+    def _room(self, driver: Driver) -> int:
+        """Wait for the places of all workers; how many to start with.
+
+        They are fewer where a node was lost, another has not come within ``cluster.node_timeout``, and the recipe
+        allows it. A trial whose places others have waits for as long as that takes.
+        """
+        cluster = driver.recipe.cluster
+        each = cluster.cpus_per_worker, cluster.gpus_per_worker
+        sizes = possible_workers(driver.recipe, driver.resized)
+        began = time.monotonic()
+        while not self.channel.stop.is_set():
+            free, there = survey().room(*each), places(ray.nodes(), *each)
+            if free >= cluster.workers:
+                break
+            if there < cluster.workers and time.monotonic() - began > cluster.node_timeout:
+                if fitting := [size for size in sizes if size <= free]:
+                    return max(fitting)
+                if there < min(sizes):
+                    break  # the session says what is missing
+            time.sleep(_LOOK_EVERY_S)
+        return cluster.workers
 
     def _heard(self, row: dict[str, Any]) -> None:
         """A step, or an evaluation; Tune and the trial's own run in MLflow hear of those that have the metric."""
@@ -110,9 +167,15 @@ class _Trial:
         self.reported = step
         if self.config["carries"] and "checkpoint" in row:
             self._carry(Path(row["checkpoint"]), step)
-        self.tracker.log(step, {self.metric: value})
+        self._log(step, value)
         if step < self._steps:  # the last comes with the end
             self.channel.report({"step": step, self.metric: value, "mlflow_run_id": self.tracker.run_id})
+
+    def _log(self, step: int, value: float) -> None:
+        """Tell the trial's own run in MLflow, unless it has been told."""
+        if step not in self.logged:
+            self.tracker.log(step, {self.metric: value})
+            self.logged.add(step)
 
     def _tell_again(self, run_dir: Path) -> None:
         """Evaluations of an earlier start that Tune has not heard of: the process ended with them in hand."""
@@ -122,7 +185,7 @@ class _Trial:
 
     def _carry(self, checkpoint: Path, step: int) -> None:
         """Keep a checkpoint (its files, not copies of them) for a trial that goes on from here."""
-        kept = self.folder / CARRIED / checkpoint.name
+        kept = self.folder / CARRIED / str(self.attempt) / checkpoint.name
         if not kept.exists():
             aside = kept.with_suffix(".aside")
             shutil.rmtree(aside, ignore_errors=True)
@@ -132,9 +195,28 @@ class _Trial:
                 shutil.rmtree(aside, ignore_errors=True)
                 return
             aside.rename(kept)
-        self.channel.pointer = {"trial": self.number, "step": step, "checkpoint": str(kept)}
-        for old in sorted(kept.parent.glob("step-*"))[:-KEPT_CARRIED]:
+        self.channel.pointer = self._pointer(kept)
+        for old in self._carried()[: -self.config["carries"]]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _begin_to_carry(self) -> None:
+        """Until it has a checkpoint of its own here, this attempt is where it began or where it had come to."""
+        own = [each for each in self._carried() if each.parent.name == str(self.attempt)]
+        if own:
+            self.channel.pointer = self._pointer(own[-1])
+        elif self.channel.restored is not None:
+            self.channel.pointer = self.channel.restored
+
+    def _carried(self) -> list[Path]:
+        """Checkpoints that are kept, oldest first."""
+        found = self.folder.glob(f"{CARRIED}/*/step-*")
+        return sorted(
+            (each for each in found if each.suffix == ""), key=lambda each: (int(each.parent.name), each.name)
+        )
+
+    def _pointer(self, kept: Path) -> dict[str, Any]:
+        step = int(kept.name.partition("-")[2])
+        return {"trial": self.number, "step": step, "checkpoint": str(kept)}
 
     @property
     def _is_takeover(self) -> bool:
@@ -149,7 +231,8 @@ class _Trial:
         if newest:
             file = self.folder / f"attempt-{newest}" / ORIGIN
             before = json.loads(file.read_text()) if file.exists() else None
-            if before is not None and (before == origin or before["settings"] == self.settings):
+            is_its_own = not self._is_takeover and before is not None and before["settings"] == self.settings
+            if before == origin or is_its_own:
                 begun = (self.folder / f"attempt-{newest}" / RESOLVED_RECIPE).exists()
                 return newest, not begun
             newest = newest if before is not None else newest - 1  # one that was not made ready is made anew
@@ -194,6 +277,7 @@ class _Trial:
         )
         self._told = "failed"
         tracker.start(self.first)
+        self.logged = tracker.steps_of(self.metric)
         try:
             yield tracker
         finally:

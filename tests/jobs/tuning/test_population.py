@@ -19,14 +19,15 @@ pytestmark = pytest.mark.timeout(600)
 KEYS = (
     "run.name=sweep",
     "data.limit_documents=60",
-    "train.steps=16",
-    "train.checkpoint_every=4",
-    "train.evaluate_every=4",
+    "train.steps=18",
+    "train.checkpoint_every=2",
+    "train.evaluate_every=2",
     "train.evaluate_rows=4",
     "tune.space={train.learning_rate: {loguniform: [1e-5, 1e-2]}}",
     "tune.trials=2",
+    "tune.max_concurrent=1",  # one is paused while the other runs, and its donor goes on to the end before it
     "tune.scheduler=pbt",
-    "tune.grace_period=4",
+    "tune.grace_period=6",
 )
 
 
@@ -37,6 +38,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     assert "goes on from a better trial after step" in done.stdout
+    summary = json.loads((folder / "sweep" / "summary.json").read_text())
+    assert summary["trials"] == {"done": 2, "stopped": 0, "failed": 0, "running": 0}
     return folder / "sweep"
 
 
@@ -84,6 +87,8 @@ def test_mlflow_has_what_changed_where_it_changed(sweep: Path) -> None:
         assert len(attempts) == len([*(sweep / "trials" / name).glob("attempt-*")]) == len(wanted.get(name, [])) + 1
         first = json.loads((sweep / "trials" / name / "attempt-1" / "origin.json").read_text())
         assert float(run.data.params["train.learning_rate"]) == first["settings"]["train.learning_rate"]
+        losses = client.get_metric_history(run.info.run_id, "bits_per_byte")
+        assert [point.step for point in losses] == sorted({point.step for point in losses}), "one point for each"
         assert not [tag for tag in run.data.tags if tag.startswith("resumed.")]
 
 
