@@ -37,3 +37,30 @@ def test_the_best_is_one_that_came_to_its_end(tmp_path: Path) -> None:
         book.start(name, {"x": place})
         book.report(name, {"step": 4, "loss": value, "status": status}, "loss")
     assert (book.best("min"), book.best("max")) == (book.trials[3], book.trials[1])
+
+
+def test_paused_trials_are_told_from_running_ones(tmp_path: Path) -> None:
+    book = Book(tmp_path)
+    for number, name in enumerate(("a", "b", "c")):
+        book.start(name, {"x": number})
+    book.end("c", None)
+    book.pause({"a", "c"})
+    assert [entry.status for entry in book.trials.values()] == ["paused", "running", "stopped"]
+    book.start("a", {"x": 0})
+    book.pause(set())
+    assert [entry.status for entry in book.trials.values()] == ["running", "running", "stopped"]
+    book.pause({"b"})
+    assert [entry.status for entry in Book(tmp_path).trials.values()] == ["waiting", "waiting", "stopped"]
+
+
+def test_what_tune_repeats_of_an_ended_trial_changes_nothing(tmp_path: Path) -> None:
+    book = Book(tmp_path)
+    book.start("a", {"x": 1})
+    book.report("a", {"step": 3, "loss": 0.5, "mlflow_run_id": "run"}, "loss")
+    book.end("a", None)
+    before = (tmp_path / "sweep.json").read_text()
+    again = Book(tmp_path)
+    again.start("a", {"x": 1})
+    again.report("a", {"step": 3, "status": "stopped", "done": True, "error": "told to stop"}, "loss")
+    again.end("a", None)
+    assert (tmp_path / "sweep.json").read_text() == before

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from jobs.recipe import RecipeError, load_values
-from jobs.recipe_checks_tune import check_tune
+from jobs.recipe import RESOLVED_RECIPE, RecipeError, load_values
+from jobs.recipe_checks import check_run
+from jobs.recipe_checks_tune import COMPARED, check_tune
 
 RATE = "tune.space.train.learning_rate"
 
@@ -89,3 +92,15 @@ def test_a_setting_lands_where_the_recipe_has_it() -> None:
     assert values["train"]["learning_rate"] == 0.5 and values["train"]["steps"] == 24
     assert values["objectives"] == {"weights": {"calibration": 0.1}}
     assert search.values["train"]["learning_rate"] == 3e-4  # the recipe itself stays
+
+
+def test_trials_of_a_sweep_that_goes_on_stay_comparable(tmp_path: Path) -> None:
+    keys = [f"run.dir={tmp_path}", "run.name=begun"]
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    (folder / RESOLVED_RECIPE).write_text(check_tune(load_values("tune-debug", keys)).recipe.resolved_yaml())
+    resumed = [*keys, "run.resume=true"]
+    check_run(check_tune(load_values("tune-debug", [*resumed, "tune.max_concurrent=1"])).recipe, COMPARED)
+    for key in ("train.steps=48", "train.evaluate_every=4", "train.evaluate_rows=8"):
+        with pytest.raises(RecipeError, match=f"^{key} is not what run.name=begun began with; use "):
+            check_run(check_tune(load_values("tune-debug", [*resumed, key])).recipe, COMPARED)
