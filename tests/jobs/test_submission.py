@@ -188,6 +188,8 @@ def test_what_cannot_run_is_refused_before_anything_is_queued(tmp_path, here, he
     for arguments, line in [
         (["submit", "train", "mine.yaml", "cluster.workers=4"], room),
         (["plan", "mine.yaml", "cluster.workers=4", "--address", url], room),
+        (["submit", "tune", "tune-debug", "tune.metric=bits"], "mmada: tune.metric=bits is never evaluated"),
+        (["submit", "tune", "tune-debug", "tune.max_concurrent=4"], "mmada: tune.max_concurrent=4 trials at a time do"),
         (["submit", "export", "runs/x"], "mmada: verb=export runs here and not as a job; submit train, ppo"),
         (["submit", "train", "mine.yaml", "model.num_experts=x"], "mmada: model.num_experts='x' is not a whole number"),
         (["submit", "train", "mine.yaml", "cluster.address=a:1"], "mmada: cluster.address=a:1 has no part in a"),
