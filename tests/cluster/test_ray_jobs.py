@@ -208,7 +208,7 @@ def test_a_training_job_that_is_stopped_leaves_no_actor_on_the_cluster(head, tok
     deadline = time.monotonic() + 60
     while (left := living(jobs.address)["actors"]) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert left == set()  # but for the one that Ray keeps once for the whole cluster
+    assert left == []  # but for the one that Ray keeps once for the whole cluster
 
 
 def test_an_address_comes_from_the_command_line_then_from_the_environment(monkeypatch):

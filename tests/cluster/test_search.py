@@ -30,6 +30,12 @@ class Listening:
     def reported(self, trial: str, report: dict[str, Any]) -> None:
         self.reports.setdefault(trial, []).append(report)
 
+    def paused(self, trials: set[str]) -> None:
+        assert trials <= {*self.drawn}
+
+    def stopping(self) -> None:
+        raise AssertionError("nobody has interrupted it")
+
     def ended(self, trial: str, drawn: dict[str, Any], error: str | None) -> None:
         assert trial not in self.ends
         self.ends[trial] = error

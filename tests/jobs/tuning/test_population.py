@@ -19,15 +19,14 @@ pytestmark = pytest.mark.timeout(600)
 KEYS = (
     "run.name=sweep",
     "data.limit_documents=60",
-    "train.steps=18",
-    "train.checkpoint_every=2",
-    "train.evaluate_every=2",
+    "train.steps=16",
+    "train.checkpoint_every=4",
+    "train.evaluate_every=4",
     "train.evaluate_rows=4",
     "tune.space={train.learning_rate: {loguniform: [1e-5, 1e-2]}}",
     "tune.trials=2",
-    "tune.max_concurrent=1",  # one is paused while the other runs, and its donor goes on to the end before it
     "tune.scheduler=pbt",
-    "tune.grace_period=6",
+    "tune.grace_period=4",
 )
 
 
