@@ -110,7 +110,7 @@ def is_agent(process: psutil.Process) -> bool:
         return False
 
 
-@pytest.fixture(scope="module", params=[(2, 2)], ids=["two workers"])
+@pytest.fixture(scope="module", params=[(1, 1), (2, 2)], ids=["one worker", "two workers"])
 def runs(request, tmp_path_factory) -> Iterator[tuple[Path, Path, str, str]]:
     """Folders of the whole run and of the killed one, and what the former said, and the latter when it went on."""
     workers, zero_stage = request.param
