@@ -28,7 +28,7 @@ from cluster.tracking import Tracker
 from jobs.console import RunLine
 from jobs.progress import read_metrics
 from jobs.recipe import RESOLVED_RECIPE, Recipe
-from jobs.run_record import RunRecord
+from jobs.run_record import RunRecord, error_words
 from jobs.setbacks import Setbacks, counted
 from jobs.shrinking import possible_workers
 from jobs.worker_recipe import recipe_for_workers
@@ -345,8 +345,7 @@ class Driver:
             **self.summary(error is None),
         }
         if error:
-            is_signal = isinstance(error, SystemExit)  # the session makes one of SIGTERM: its text is a number
-            summary["error"] = "ended by SIGTERM" if is_signal else str(error) or type(error).__name__
+            summary["error"] = error_words(error)
         _write_json(self.run_dir / "summary.json", summary)
 
     def _say_what_next(self) -> None:

@@ -197,8 +197,8 @@ def search_plan(search: Search, machine: Machine) -> SearchPlan:
     """How a search goes on this machine. Raises RecipeError for more trials at a time than a cluster has room for."""
     from jobs.tuning.room import trials_at_once
 
-    at_once, goal = trials_at_once(search, machine.nodes), "least" if search.mode == "min" else "most"
-    return SearchPlan(search.trials, at_once, search.most_steps, search.settings.how, f"the {goal} {search.metric}")
+    at_once, goal = trials_at_once(search, machine.nodes), f"the {search.extreme} {search.metric}"
+    return SearchPlan(search.trials, at_once, search.most_steps, search.settings.how, goal)
 
 
 def estimated_micro_batch(

@@ -58,6 +58,11 @@ class Search:
         assert self.recipe.tune is not None
         return self.recipe.tune
 
+    @property
+    def extreme(self) -> str:
+        """Which of the metric is looked for."""
+        return "least" if self.mode == "min" else "most"
+
     def values_with(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What a recipe's file with these settings would say."""
         return with_settings(self.values, settings)

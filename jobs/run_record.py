@@ -31,3 +31,10 @@ class RunRecord:
             self.curves.setdefault(name, {})[step] = value
         self.metrics["tokens_per_second"] = self.tokens / self.training_seconds
         return metrics
+
+
+def error_words(error: BaseException) -> str:
+    """What ``summary.json`` says of what ended a run."""
+    if isinstance(error, SystemExit):  # the session makes one of SIGTERM: its text is a number
+        return "ended by SIGTERM"
+    return str(error) or type(error).__name__

@@ -1,13 +1,22 @@
-"""How many trials of a search run at a time: as many as this machine's cores, or a cluster's nodes, have room for."""
+"""Room for trials: how many run at a time on this machine or a cluster, and waiting for one trial's places."""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
+import ray
+
+from cluster.nodes import survey
 from cluster.places import places, total
 from jobs.recipe import Recipe, RecipeError
 from jobs.recipe_checks_tune import Search
+from jobs.shrinking import possible_workers
+
+_LOOK_EVERY_S = 0.5
 
 
 def trials_at_once(search: Search, nodes: list[dict[str, Any]] | None) -> int:
@@ -52,3 +61,26 @@ def room_on(nodes: list[dict[str, Any]], recipe: Recipe, verb: str) -> int:
         }
         found += [int(total(nodes, kind) // wanted) for kind, wanted in each.items() if wanted]
     return max(1, min(found))
+
+
+def wait_for_room(recipe: Recipe, resized: Callable[[Recipe, int], Recipe], stop: threading.Event) -> int:
+    """Wait until all workers of a trial find places on the cluster that was joined; how many to start with.
+
+    They are fewer where a node was lost, another has not come within ``cluster.node_timeout``, and ``resized`` gives a
+    recipe for them. A trial whose places others have waits for as long as that takes, or until ``stop`` is set.
+    """
+    cluster = recipe.cluster
+    each = cluster.cpus_per_worker, cluster.gpus_per_worker
+    sizes = possible_workers(recipe, resized)
+    began = time.monotonic()
+    while not stop.is_set():
+        free, there = survey().room(*each), places(ray.nodes(), *each)
+        if free >= cluster.workers:
+            break
+        if there < cluster.workers and time.monotonic() - began > cluster.node_timeout:
+            if fitting := [size for size in sizes if size <= free]:
+                return max(fitting)
+            if there < min(sizes):
+                break  # the session says what is missing
+        time.sleep(_LOOK_EVERY_S)
+    return cluster.workers

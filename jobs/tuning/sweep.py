@@ -22,6 +22,7 @@ from cluster.tracking_tree import end_runs_below
 from jobs.driver import shown_path
 from jobs.recipe import RESOLVED_RECIPE
 from jobs.recipe_checks_tune import Search
+from jobs.run_record import error_words
 from jobs.tuning.book import BOOK, Book
 from jobs.tuning.results import BEST, TRIALS, figures, write_best, write_trials
 from jobs.tuning.room import trials_at_once
@@ -91,7 +92,7 @@ class Sweep:
                 self.tracker = self._make_tracker()
                 self.run_id = self.tracker.start(self.recipe.sections())
                 (self.run_dir / RESOLVED_RECIPE).write_text(self.recipe.resolved_yaml())
-                screen.say(f"trials   {concurrent} at a time, {search.metric} is to be {_extreme(search.mode)}")
+                screen.say(f"trials   {concurrent} at a time, {search.metric} is to be {search.extreme}")
                 error: BaseException | None = None
                 try:
                     with SweepMetrics(self.recipe.run.name, search.metric) as self.exported:
@@ -271,8 +272,7 @@ class Sweep:
             "mlflow_run_id": self.run_id,
         }
         if error is not None:
-            is_signal = isinstance(error, SystemExit)  # the session makes one of SIGTERM: its text is a number
-            summary["error"] = "ended by SIGTERM" if is_signal else str(error) or type(error).__name__
+            summary["error"] = error_words(error)
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     def _say_what_next(self) -> None:
@@ -282,7 +282,3 @@ class Sweep:
         say(f"  look      {uri if uri.startswith('http') else ui}")
         say(f"  table     {shown_path(self.run_dir / TRIALS)}")
         say(f"  train     {bin_dir}/mmada {self.settings.verb} {shlex.quote(shown_path(self.run_dir / BEST))}")
-
-
-def _extreme(mode: str) -> str:
-    return "least" if mode == "min" else "most"

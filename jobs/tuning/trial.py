@@ -19,11 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from cluster.errors import ClusterError
-from cluster.nodes import survey
-from cluster.places import places
 from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker, flatten
 from cluster.trial_actor import Channel
@@ -32,8 +28,8 @@ from jobs.progress import read_metrics
 from jobs.recipe import RESOLVED_RECIPE, Recipe, recipe_of
 from jobs.recipe_checks_tune import with_settings
 from jobs.recipe_schema_tune import DistributionSection
-from jobs.shrinking import possible_workers
 from jobs.tuning.book import ENDED, TrialEntry, read_book, trial_name
+from jobs.tuning.room import wait_for_room
 from jobs.tuning.space import settings_of
 
 ORIGIN = "origin.json"  # in an attempt's folder: what it began from and with
@@ -110,7 +106,8 @@ class _Trial:
             self._begin_to_carry()
             prepare = prepare_verb(self.config["verb"])
             driver: Driver = prepare(recipe)(recipe.run_dir.resolve())
-            if (workers := self._room(driver)) != recipe.cluster.workers:
+            workers = wait_for_room(recipe, driver.resized, self.channel.stop)
+            if workers != recipe.cluster.workers:
                 recipe = driver.resized(recipe, workers)
                 driver = prepare(recipe)(recipe.run_dir.resolve())
             (recipe.run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -136,28 +133,6 @@ class _Trial:
                 last[self.metric] = values[max(values)]
                 self._log(last["step"], last[self.metric])
             return last | {"mlflow_run_id": tracker.run_id, "checkpoint": summary["checkpoint"]}
-
-    def _room(self, driver: Driver) -> int:
-        """Wait for the places of all workers; how many to start with.
-
-        They are fewer where a node was lost, another has not come within ``cluster.node_timeout``, and the recipe
-        allows it. A trial whose places others have waits for as long as that takes.
-        """
-        cluster = driver.recipe.cluster
-        each = cluster.cpus_per_worker, cluster.gpus_per_worker
-        sizes = possible_workers(driver.recipe, driver.resized)
-        began = time.monotonic()
-        while not self.channel.stop.is_set():
-            free, there = survey().room(*each), places(ray.nodes(), *each)
-            if free >= cluster.workers:
-                break
-            if there < cluster.workers and time.monotonic() - began > cluster.node_timeout:
-                if fitting := [size for size in sizes if size <= free]:
-                    return max(fitting)
-                if there < min(sizes):
-                    break  # the session says what is missing
-            time.sleep(_LOOK_EVERY_S)
-        return cluster.workers
 
     def _heard(self, row: dict[str, Any]) -> None:
         """A step, or an evaluation; Tune and the trial's own run in MLflow hear of those that have the metric."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import threading
+import time
 
+import pytest
+import ray
+
+from cluster.session import RaySession
 from jobs import cli
-from jobs.recipe import RecipeError, load_values
+from jobs.recipe import RecipeError, load_recipe, load_values
 from jobs.recipe_checks_tune import check_tune
+from jobs.shrinking import training_for
 from jobs.tuning import room
-from jobs.tuning.room import trials_at_once
+from jobs.tuning.room import trials_at_once, wait_for_room
 
 
 def node(cpu: float, gpu: float = 0, alive: bool = True) -> dict:
@@ -49,3 +55,32 @@ def test_the_plan_of_a_search(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["plan", "tune-debug", "tune.grace_period=24"])
     assert exited.value.code == 2
     assert "tune.grace_period=24 is as long as the longest trial" in capsys.readouterr().err
+
+
+def test_a_trial_waits_for_its_places_and_takes_fewer_when_they_will_not_come(tmp_path) -> None:
+    def trial(workers: int, **keys: object) -> int:
+        wanted = {"workers": workers, "expert_parallel": 1, "max_failures": 1, "node_timeout": 1.0} | keys
+        overrides = [f"cluster.{key}={value}" for key, value in wanted.items()]
+        return wait_for_room(load_recipe("debug", [*overrides, "train.global_batch=24"]), training_for, stop)
+
+    stop = threading.Event()
+    with RaySession(None, workers=4, cpus_per_worker=1, gpus_per_worker=0, log_dir=tmp_path):
+        there = int(ray.cluster_resources()["CPU"])
+        assert there == 5 and trial(4) == 4
+        # A node was lost: of six workers five have places, which do not divide the batch, and four do.
+        assert trial(6, min_workers=1) == 4
+        assert trial(6) == 6 and trial(8, min_workers=6) == 8  # what the session then refuses
+
+        @ray.remote(num_cpus=3)
+        class Holder:
+            def ready(self) -> None:
+                pass
+
+        holder = Holder.remote()
+        ray.get(holder.ready.remote(), timeout=60)
+        threading.Timer(3.0, ray.kill, (holder,)).start()
+        began = time.monotonic()
+        assert trial(4, min_workers=1) == 4  # another trial's places are waited for, longer than for a lost node
+        assert time.monotonic() - began >= 2.5
+        stop.set()
+        assert trial(6, node_timeout=600) == 6
