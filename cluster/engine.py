@@ -14,19 +14,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.moe.ep_experts import GroupedExperts
-from deepspeed.moe.utils import configure_moe_param_groups
-from deepspeed.utils import groups, safe_set_full_fp32_param, safe_set_full_optimizer_state, set_z3_leaf_module
 from torch import Tensor, nn
 
 from cluster.device_memory import tensors_in
 from cluster.errors import ClusterError
 from cluster.expert_names import DOWN, GATE, UP, ExpertNames
 from cluster.gradient_products import gradient_products, hooks_of, unnoticed
+from cluster.lean_imports import load_uncompiled, without_modules
 from cluster.parameter_groups import FACTOR, FROZEN, SPLITS, WaitingAdamW, matches, parameter_groups
+
+# DeepSpeed's autotuner, which nobody here calls, loads the whole of MLflow where it finds it.
+with without_modules("mlflow"):
+    import deepspeed
+    from deepspeed.moe.ep_experts import GroupedExperts
+    from deepspeed.moe.utils import configure_moe_param_groups
+    from deepspeed.utils import groups, safe_set_full_fp32_param, safe_set_full_optimizer_state, set_z3_leaf_module
 
 # Elements that DeepSpeed gathers before it reduces gradients; its own default of 5e8 takes 2 GB in float32.
 REDUCE_BUCKET_SIZE = 50_000_000
@@ -104,6 +108,8 @@ class Engine:
         # An all-reduce for inference, which DeepSpeed would compile whenever a CPU is trained on (a minute and a
         # gigabyte for every worker) and training never calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed asks of every optimizer whether it is its own Muon, and would load a compiler to ask.
+        load_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer", deepspeed.runtime.compiler)
         deepspeed.init_distributed(dist_init_required=False)
         for module in model.modules():
             if type(module).__name__ in settings.gathered_whole:

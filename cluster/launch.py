@@ -7,6 +7,7 @@ driver, where alone the terminal and MLflow are spoken to.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,9 @@ from cluster.shared_storage import NotShared, on_shared_storage
 # Ray Train's controller takes one report from each worker about every two seconds, and a worker that reports
 # faster waits for it; what a worker has to say is therefore gathered and sent at this interval.
 REPORT_INTERVAL_S = 2.5
+# Ray Train's actor that looks out for machines about to be taken away: nothing asks for what it sees, and a node that
+# goes is noticed without it.
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # A worker group that finds no room within Ray Train's minute is tried this often before the run fails.
 START_ATTEMPTS = 3
 _ABORT_TIMEOUT_S = 30.0
@@ -100,6 +104,7 @@ def run_workers(
     """
     if attempt_dir.exists():
         raise ClusterError(f"attempt_dir={attempt_dir} exists already; give a folder of its own to every attempt")
+    os.environ.setdefault(_WATCHER, "0")
     worker = on_shared_storage(worker, attempt_dir.parent)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": on_this_node()})
     listener = _Listener(queue, on_message, on_silence)

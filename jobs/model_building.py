@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -10,11 +10,13 @@ from jobs.entropy_model import load_entropy_model, with_entropy_model
 from jobs.recipe import Recipe
 from mmada.config import MMaDAConfig
 from mmada.data import load_tokenizer
-from mmada.model import MMaDAForCausalLM
 from mmada.presets import build_config
-from mmada.pretrained import TrainableModel
 
-Model = TypeVar("Model", bound=TrainableModel)
+if TYPE_CHECKING:
+    from mmada.model import MMaDAForCausalLM
+    from mmada.pretrained import TrainableModel
+
+Model = TypeVar("Model", bound="TrainableModel")
 
 
 def model_config(recipe: Recipe) -> MMaDAConfig:
@@ -38,6 +40,8 @@ def build_model(recipe: Recipe, config: MMaDAConfig | None = None) -> MMaDAForCa
 
     ``config`` in place of the recipe's own. The weights of ``model.entropy_model`` are the trained ones.
     """
+    from mmada.model import MMaDAForCausalLM
+
     return build_model_of(MMaDAForCausalLM, recipe, config)
 
 

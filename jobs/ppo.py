@@ -17,6 +17,7 @@ from typing import Any
 from cluster.actor_pool import ActorPool, ActorResources, PoolEvent
 from cluster.errors import ClusterError
 from cluster.exchange import Exchange
+from jobs import worker_start
 from jobs.driver import Driver, start
 from jobs.learned_problems import check_unseen
 from jobs.recipe import Recipe
@@ -29,7 +30,7 @@ from jobs.rl.rollout_worker import RolloutWorker, Trajectory
 from jobs.run_record import RunRecord
 from jobs.shrinking import ppo_for
 from jobs.task_source import load_recipe_tasks
-from jobs.worker_recipe import only_cpus, recipe_for_workers
+from jobs.worker_recipe import recipe_for_workers
 from mmada.data import load_tokenizer
 from mmada.data.tasks import TaskSet
 from mmada.plots.reward_curve import reward_curve
@@ -63,14 +64,6 @@ def prepare(recipe: Recipe) -> Callable[[Path], PPORun]:
     if not recipe.run.resume:
         check_unseen(tasks, recipe.ppo.start_from if recipe.ppo is not None else None, "ppo.start_from")
     return lambda run_dir: PPORun(recipe, run_dir, tasks)
-
-
-def _work(config: dict[str, Any]) -> None:
-    """What runs in every learner. Imported there: the driver never loads DeepSpeed, which talks when it is loaded."""
-    only_cpus(config["recipe"])
-    from jobs.rl.learner import learner_worker
-
-    learner_worker(config)
 
 
 class PPORun(Driver):
@@ -117,7 +110,7 @@ class PPORun(Driver):
 
     def work(self) -> Callable[[dict[str, Any]], None]:
         """The learner."""
-        return _work
+        return worker_start.learn
 
     def worker_config(self) -> dict[str, Any]:
         """Where batches come from."""

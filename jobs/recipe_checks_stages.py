@@ -242,7 +242,7 @@ def check_frozen(recipe: Recipe, config: MMaDAConfig) -> None:
     if not stages and not factors:
         return
     with torch.device("meta"):
-        names = [name for name, _ in objective_class(recipe).model_class(config).named_parameters()]
+        names = [name for name, _ in objective_class(recipe).model_class()(config).named_parameters()]
     for field, entries in [
         *((f"train.stages.{stage.name}.frozen", stage.frozen) for stage in stages),
         ("train.learning_rate_factors", list(factors)),

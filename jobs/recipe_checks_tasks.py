@@ -60,4 +60,4 @@ def check_start(recipe: Recipe, config: MMaDAConfig) -> None:
         from jobs.objectives.registry import objective_class
         from jobs.start_weights import check_start_weights
 
-        check_start_weights(recipe.train.start_from, "train.start_from", objective_class(recipe).model_class, config)
+        check_start_weights(recipe.train.start_from, "train.start_from", objective_class(recipe).model_class(), config)

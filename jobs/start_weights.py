@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from cluster.errors import ClusterError
 from jobs.checkpoint_folder import model_folder
 from jobs.recipe import RecipeError
-from mmada.pretrained import TrainableModel
 
 if TYPE_CHECKING:
     from mmada.config import MMaDAConfig
+    from mmada.pretrained import TrainableModel
 
 _KEY = "train.start_from"
 _TRUNK = "model."

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jobs import worker_start
 from jobs.calibration import reliability_figures
 from jobs.driver import Driver, start
 from jobs.objectives.objective import Objective
@@ -14,7 +15,6 @@ from jobs.recipe import Recipe
 from jobs.run_record import RunRecord
 from jobs.shrinking import training_for
 from jobs.stage_spans import StageSpan, closing, opening, stage_spans
-from jobs.worker_recipe import only_cpus
 from mmada.plots.learning_curve import mark_stages
 
 
@@ -52,14 +52,6 @@ def prepare(recipe: Recipe) -> Callable[[Path], TrainingRun]:
     return lambda run_dir: TrainingRun(recipe, run_dir, objective)
 
 
-def _work(config: dict[str, Any]) -> None:
-    """What runs in every worker. Imported there: the driver never loads DeepSpeed, which talks when it is loaded."""
-    only_cpus(config["recipe"])
-    from jobs.worker import train_worker
-
-    train_worker(config)
-
-
 class TrainingRun(Driver):
     """The driver's side of supervised training."""
 
@@ -85,7 +77,7 @@ class TrainingRun(Driver):
 
     def work(self) -> Callable[[dict[str, Any]], None]:
         """The training worker."""
-        return _work
+        return worker_start.train
 
     def worker_config(self) -> dict[str, Any]:
         """Where prepared text is, if there is any."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,3 @@ def recipe_for_workers(recipe: Recipe) -> dict[str, Any]:
         if part["kind"] == "model":
             part["name"] = str(model_folder(part["name"]).resolve())
     return values
-
-
-def only_cpus(recipe: dict[str, Any]) -> None:
-    """In a worker without GPUs of its own, before torch is imported: leave those that others use alone."""
-    if not recipe["cluster"]["gpus_per_worker"]:
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

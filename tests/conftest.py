@@ -1,7 +1,10 @@
 """What all tests share: what markers do, and a clean environment for the processes they start."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
+import psutil
 import pytest
 
 # Set on some machines; every process that a test starts would compile the whole stack anew.
@@ -25,3 +28,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """What a fixture that fails had started ends with it."""
+    with _no_process_left_by_a_failure():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What a test that fails had started ends with it: a whole run would take the cores from the tests that follow."""
+    with _no_process_left_by_a_failure():
+        return (yield)
+
+
+@contextlib.contextmanager
+def _no_process_left_by_a_failure() -> Iterator[None]:
+    before = psutil.Process().children()
+    try:
+        yield
+    except BaseException:
+        started = [child for child in psutil.Process().children() if child not in before]
+        for process in [*started, *(each for child in started for each in child.children(recursive=True))]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        raise

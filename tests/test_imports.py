@@ -126,3 +126,31 @@ def test_help_and_early_mistakes_import_nothing_heavy(arguments: list[str]):
         [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def loaded_by(program: str) -> set[str]:
+    """Names of all modules that there are at a program's end."""
+    program += "\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_a_worker_loads_nothing_of_the_drivers():
+    """Every worker of every run waits for all that is loaded."""
+    loaded = loaded_by("import jobs.worker_start, jobs.worker")
+    assert {"torch", "deepspeed", "mmada.model"} <= loaded
+    assert loaded & {"mlflow", "matplotlib.figure", "datasets", "scipy.stats", "rich", "jobs.driver"} == set()
+
+
+def test_a_driver_loads_no_model():
+    loaded = loaded_by("""
+from jobs.recipe import load_recipe
+from jobs.recipe_checks import check
+recipe = load_recipe("debug", [])
+check(recipe)
+from jobs import train
+from jobs.objectives.registry import objective_class
+objective_class(recipe)
+""")
+    assert {"mmada.config", "jobs.driver", "jobs.objectives.text"} <= loaded
+    assert loaded & {"deepspeed", "mmada.model", "transformers.modeling_utils", "torch._dynamo"} == set()

@@ -11,20 +11,26 @@ from torch import Tensor
 from jobs.model_building import build_model
 from jobs.objectives.objective import Extra, Objective, StepResult, router_metrics
 from mmada.data import IGNORE_INDEX
-from mmada.model import MMaDAForCausalLM
 from mmada.plots.learning_curve import learning_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cluster.engine import Engine
+    from mmada.model import MMaDAForCausalLM
 
 
 class LanguageModelObjective(Objective):
     """``train.objective=language_model``; ``held_out_label``: the held-out figure in the curve's legend."""
 
-    model_class = MMaDAForCausalLM
     held_out_label = "held out, bits per byte"
+
+    @classmethod
+    def model_class(cls) -> type[MMaDAForCausalLM]:
+        """The language model's."""
+        from mmada.model import MMaDAForCausalLM
+
+        return MMaDAForCausalLM
 
     def figure(self, curves: dict[str, dict[int, float]], title: str) -> Figure:
         """Loss and the held-out figure, both in bits."""

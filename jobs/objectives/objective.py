@@ -90,7 +90,6 @@ class Extra(Protocol):
 class Objective(ABC):
     """One entry of ``jobs.objectives.registry``. Attributes:
 
-    model_class: what is trained.
     held_out_metric: the metric of ``evaluate`` that tells how well it goes; the driver shows it and draws its curve.
     fingerprint: names the content of what is learned from.
     source: the key of the recipe that decides it, with its value.
@@ -99,7 +98,6 @@ class Objective(ABC):
     sources: names of what is mixed, in order; one where nothing is.
     """
 
-    model_class: type[TrainableModel]
     held_out_metric: str
 
     def __init__(
@@ -111,6 +109,11 @@ class Objective(ABC):
         self.sources: tuple[str, ...] = (recipe.data.source,)
 
     # In the driver.
+
+    @classmethod
+    @abstractmethod
+    def model_class(cls) -> type[TrainableModel]:
+        """What is trained. Imported when it is asked for: models are much to load, and a driver has no use for one."""
 
     @classmethod
     @abstractmethod

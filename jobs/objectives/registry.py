@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 
-from jobs.objectives.mixture import MixtureObjective
 from jobs.objectives.objective import Objective
-from jobs.objectives.reward import RewardObjective
-from jobs.objectives.tasks import TaskObjective
-from jobs.objectives.text import TextObjective
 from jobs.recipe import Recipe
 
-OBJECTIVES: dict[tuple[str, str], type[Objective]] = {
-    ("language_model", "stdlib"): TextObjective,
-    ("language_model", "files"): TextObjective,
-    ("language_model", "hub"): TextObjective,
-    ("language_model", "tasks"): TaskObjective,
-    ("language_model", "mixture"): MixtureObjective,
-    ("reward", "tasks"): RewardObjective,
-    ("reward", "files"): RewardObjective,
+# Modules and classes, imported when a recipe asks for them.
+OBJECTIVES = {
+    ("language_model", "stdlib"): "jobs.objectives.text:TextObjective",
+    ("language_model", "files"): "jobs.objectives.text:TextObjective",
+    ("language_model", "hub"): "jobs.objectives.text:TextObjective",
+    ("language_model", "tasks"): "jobs.objectives.tasks:TaskObjective",
+    ("language_model", "mixture"): "jobs.objectives.mixture:MixtureObjective",
+    ("reward", "tasks"): "jobs.objectives.reward:RewardObjective",
+    ("reward", "files"): "jobs.objectives.reward:RewardObjective",
 }
 
 
 def objective_class(recipe: Recipe) -> type[Objective]:
     """The entry of a recipe that ``jobs.recipe_checks`` has passed."""
-    return OBJECTIVES[recipe.train.objective, recipe.data.source]
+    return resolve_name(OBJECTIVES[recipe.train.objective, recipe.data.source])
 
 
 def prepare_objective(recipe: Recipe) -> Objective:

@@ -48,9 +48,13 @@ class Judged(NamedTuple):
 class RewardObjective(Objective):
     """``train.objective=reward``."""
 
-    model_class = MMaDARewardModel
     held_out_metric = "pair_accuracy"
     rows: PairRows
+
+    @classmethod
+    def model_class(cls) -> type[MMaDARewardModel]:
+        """The reward model's."""
+        return MMaDARewardModel
 
     def __init__(self, recipe: Recipe) -> None:
         """Raises DataError for data without pairs, or with pairs longer than a row."""

@@ -15,7 +15,6 @@ from jobs.start_weights import check_start_weights, start_folder
 from jobs.wording import shown
 from mmada.config import MMaDAConfig
 from mmada.data import load_tokenizer
-from mmada.model import MMaDAForCausalLM
 
 REFERENCE = "reference"  # folder of the run, and of its checkpoints, that holds the policy it began with
 
@@ -81,4 +80,6 @@ def check_start_from(recipe: Recipe) -> None:
                 f"model.{name}={shown(ours)} is not what ppo.start_from={start} has "
                 f"({shown(theirs)}); use the model section that it was trained with"
             )
+    from mmada.model import MMaDAForCausalLM
+
     check_start_weights(start, "ppo.start_from", MMaDAForCausalLM, saved)

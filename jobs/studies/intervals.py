@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def interval(values: Sequence[float]) -> Interval:
     if len(values) < 2:
         return Interval(mean, math.inf)
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(mean, float(stats.t.ppf(0.975, len(values) - 1)) * error)
+    return Interval(mean, float(scipy.stats.t.ppf(0.975, len(values) - 1)) * error)
 
 
 def verdict(gain: Interval, margin: float = 0.0) -> str:
@@ -58,7 +58,7 @@ class Estimate:
 
 def wilson(right: int, count: int) -> Estimate:
     """A share of ``count`` trials, with Wilson's score interval: sound near 0 and 1, too."""
-    found = stats.binomtest(right, count).proportion_ci(0.95, method="wilson")
+    found = scipy.stats.binomtest(right, count).proportion_ci(0.95, method="wilson")
     return Estimate(right / count, float(found.low), float(found.high), count)
 
 
@@ -67,7 +67,7 @@ def bootstrap(values: Sequence[float], *, resamples: int = 5000, seed: int = 0) 
     mean = statistics.fmean(values)
     if len(set(values)) == 1:  # nothing to draw differently: as narrow as the values themselves
         return Estimate(mean, mean, mean, len(values))
-    found = stats.bootstrap(
+    found = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=resamples, batch=500, method="percentile", rng=seed
     ).confidence_interval
     return Estimate(mean, float(found.low), float(found.high), len(values))

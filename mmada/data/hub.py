@@ -1,10 +1,14 @@
 """Texts of a Hugging Face data set, through `datasets`, which keeps them memory-mapped in its own cache."""
 
-from collections.abc import Iterator
+from __future__ import annotations
 
-import datasets
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from mmada.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def hub_texts(path: str, config_name: str | None, split: str | None, text_field: str) -> Iterator[object]:
@@ -22,7 +26,9 @@ def hub_texts(path: str, config_name: str | None, split: str | None, text_field:
         yield from rows[text_field]
 
 
-def _load(path: str, config_name: str | None, split: str | None) -> datasets.Dataset:
+def _load(path: str, config_name: str | None, split: str | None) -> Dataset:
+    import datasets
+
     bars_shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def cost_figure(
@@ -16,6 +18,8 @@ def cost_figure(
     ``parts``: measures by name (with their unit) for each part. ``without``: measures as multiples of the full
     model's. Every row of one of them has the same measures.
     """
+    from matplotlib.figure import Figure
+
     panels = [(parts, "C0", None), (without, "C1", 1.0)]
     heights = [1.5 + len(rows) for rows, _, _ in panels]
     most = max(len(next(iter(rows.values()), {})) for rows, _, _ in panels)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def learning_curve(
@@ -26,6 +28,8 @@ def curves(
     every_step: dict[str, list[tuple[int, float]]], now_and_then: dict[str, list[tuple[int, float]]], title: str, y: str
 ) -> Figure:
     """Metrics that every step has as thin lines, those of evaluations with a mark each; lists of (step, value)."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for label, points in every_step.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def reliability(bins: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> Figure:
@@ -13,6 +15,8 @@ def reliability(bins: Mapping[str, Mapping[str, Sequence[float]]], title: str) -
     ``bins`` by name: ``count`` of predictions, and sums of their ``confidence`` and of those that were ``correct``, a
     number for each bin. Bins without predictions are left out; marks grow with the share of predictions.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def reward_curve(
@@ -12,6 +15,8 @@ def reward_curve(
 
     All are lists of (iteration, value); ``spread`` is of the same iterations as ``reward``.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     if reward:

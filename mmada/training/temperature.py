@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from scipy.optimize import minimize_scalar
+import scipy
 
 LEAST, MOST = 0.05, 20.0
 
@@ -22,5 +22,7 @@ def fit_temperature(loss: Callable[[float], float]) -> float:
     if not math.isfinite(first := loss(1.0)):
         raise ValueError(f"loss={first} at temperature 1 is not finite; look for NaN or infinity in the logits")
     bounds = math.log(LEAST), math.log(MOST)
-    found = minimize_scalar(lambda log: loss(math.exp(log)), bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    found = scipy.optimize.minimize_scalar(
+        lambda log: loss(math.exp(log)), bounds=bounds, method="bounded", options={"xatol": 1e-6}
+    )
     return math.exp(float(found.x))

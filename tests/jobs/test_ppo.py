@@ -19,8 +19,8 @@ from jobs.recipe_schema import RESOLVED_RECIPE
 from jobs.rl.ledger import Entry, entries
 from mmada.data import global_batch_indices
 from mmada.model import MMaDAForCausalLM
+from tests.patience import PATIENCE_S
 
-TIMEOUT_S = 280
 ITERATIONS = 6
 MMADA = [sys.executable, "-m", "jobs.cli"]
 KEYS = [
@@ -31,6 +31,8 @@ KEYS = [
     "cluster.threads_per_worker=1",
     'reward.parts=[{kind: function, name: "slow_reward:digits"}]',
 ]
+# The least that reinforcement learning can be.
+SMALL = ["cluster.workers=1", "cluster.expert_parallel=1", "ppo.rollout_workers=1", "ppo.reward_workers=1"]
 # Worth a little time, so that there is always something under way to be killed.
 REWARD = """
 import time
@@ -53,7 +55,7 @@ def start(folder: Path, name: str, *overrides: str, recipe: str = "ppo-debug") -
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    out, err = process.communicate(timeout=TIMEOUT_S)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code, out + err
     return out
 
@@ -67,13 +69,13 @@ def steps_done(run_dir: Path) -> int:
 
 
 def wait_for(condition, process: subprocess.Popen, what: str):
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if value := condition():
             return value
         assert process.poll() is None, f"ended before {what}: {process.communicate()}"
         time.sleep(0.02)
-    raise AssertionError(f"no {what} within {TIMEOUT_S} s")
+    raise AssertionError(f"no {what} within {PATIENCE_S} s")
 
 
 def actors_of(process: subprocess.Popen, kind: str) -> list[psutil.Process]:
@@ -204,7 +206,7 @@ def test_every_part_may_be_killed(undisturbed: tuple[Path, str], folder: Path):
     # The weights, the prompts and every sample's seed are as they would have been.
     for ours, theirs in zip(rewards_of(run_dir), rewards_of(undisturbed[0]), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    _, alive = psutil.wait_procs(everyone, timeout=TIMEOUT_S)
+    _, alive = psutil.wait_procs(everyone, timeout=PATIENCE_S)
     assert alive == []
 
 
@@ -213,6 +215,7 @@ def test_every_mixer_and_byte_patches_keep_the_gap_closed(folder: Path):
     mixers = ["model.mixer_types=attention,ssm,hybrid,memory", "model.num_hidden_layers=4"]
     patches = ["model.patches={mode: space, local_size: 32}", "cluster.expert_parallel=1"]
     learning = ["train.zero_stage=3", "ppo.algorithm=grpo", "ppo.max_staleness=1", "ppo.iterations=3"]
+    learning += ["ppo.rollout_workers=1", "ppo.reward_workers=1"]
     finish(start(folder, "mixed", "ppo.checkpoint_every=0", *mixers, *patches, *learning))
     summary = json.loads((folder / "mixed" / "summary.json").read_text())
     assert summary["status"] == "done" and summary["logprob_gap"] < 1e-5
@@ -223,7 +226,8 @@ def test_every_mixer_and_byte_patches_keep_the_gap_closed(folder: Path):
 
 def test_a_failing_reward_ends_the_run_with_one_line(folder: Path):
     (folder / "broken_reward.py").write_text("def nothing(prompts, completions, **kwargs):\n    return [0.0]\n")
-    said = finish(start(folder, "broken", 'reward.parts=[{kind: function, name: "broken_reward:nothing"}]'), code=1)
+    parts = 'reward.parts=[{kind: function, name: "broken_reward:nothing"}]'
+    said = finish(start(folder, "broken", parts, *SMALL), code=1)
     line = next(line for line in said.splitlines() if line.startswith("failed"))
     assert "gave 1 numbers for" in line and "ppo.max_reward_failures=0.1" in line and "mend the reward" in line
     assert "Traceback" not in said

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from jobs.recipe import load_recipe
 from tests.cluster.test_session import running_cluster  # noqa: F401 (a fixture)
 from tests.jobs.test_resume import rows_read, tensors_of
+from tests.patience import PATIENCE_S
 
-TIMEOUT_S = 240
 MMADA = [sys.executable, "-m", "jobs.cli"]
 
 
@@ -38,19 +38,19 @@ def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=TIMEOUT_S)
+    out, err = process.communicate(timeout=PATIENCE_S)
     return process.returncode, out, err
 
 
 def wait_for(condition, process: subprocess.Popen, what: str):
     """The condition's value once it is true; the process must not end before."""
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if value := condition():
             return value
         assert process.poll() is None, f"ended before {what}: {process.communicate()}"
         time.sleep(0.05)
-    raise AssertionError(f"no {what} within {TIMEOUT_S} s")
+    raise AssertionError(f"no {what} within {PATIENCE_S} s")
 
 
 def sealed(run_dir: Path, step: int):
@@ -81,7 +81,6 @@ def whole(runs):
     return *finish(start(runs, "run.name=whole")), runs / "whole"
 
 
-@pytest.mark.timeout(600)
 def test_the_debug_recipe_does_all_it_promises(whole):
     code, out, err, run_dir = whole
     assert (code, err) == (0, "")
@@ -129,7 +128,6 @@ def test_export_and_generate_take_what_the_summary_names(whole, tmp_path):
         assert (said.returncode, said.stderr) == (0, "") and said.stdout.startswith("The ") and len(said.stdout) > 8
 
 
-@pytest.mark.timeout(600)
 def test_a_killed_worker_costs_nothing_but_time(whole, runs):
     """kill -9 of one worker after the first checkpoint: the same run, bit for bit."""
     often = ["train.keep_checkpoints=9", "train.checkpoint_every=2"]  # each save leaves time for the kill to strike
@@ -155,7 +153,6 @@ def test_a_killed_worker_costs_nothing_but_time(whole, runs):
     assert curves[0] == curves[1]
 
 
-@pytest.mark.timeout(600)
 def test_ctrl_c_ends_the_run_cleanly_and_resume_continues_it_with_one_worker(runs):
     process, run_dir = start(runs, "run.name=stopped", "train.steps=2000"), runs / "stopped"
     wait_for(sealed(run_dir, 10), process, "checkpoint")
@@ -180,7 +177,6 @@ def test_ctrl_c_ends_the_run_cleanly_and_resume_continues_it_with_one_worker(run
     assert client.get_run(summary["mlflow_run_id"]).info.status == "FINISHED"
 
 
-@pytest.mark.timeout(600)
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(runs, tmp_path):
     """A real file system of a few megabytes holds one checkpoint and not two."""
     small = tmp_path / "small"
@@ -223,7 +219,6 @@ def test_a_used_name_is_refused_in_one_line(whole, runs):
     assert err.count("\n") == 1 and "run.name=whole" in err and "run.resume=true" in err
 
 
-@pytest.mark.timeout(600)
 def test_a_running_cluster_is_joined_and_gives_the_same_curve(whole, runs, running_cluster):  # noqa: F811
     address, home = running_cluster
     code, out, err = finish(start(runs, "run.name=joined", f"cluster.address={address}", HOME=str(home)))

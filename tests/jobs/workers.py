@@ -17,8 +17,7 @@ import torch.multiprocessing as multiprocessing
 from jobs.bare_loop import BareLoop, text_batches
 from jobs.recipe import Recipe, load_recipe
 from mmada.model import MMaDAForCausalLM
-
-TIMEOUT_S = 240
+from tests.patience import PATIENCE_S
 
 
 def small_recipe(run_dir: Path, **overrides: Any) -> Recipe:
@@ -45,7 +44,7 @@ def run_together(world: int, job: Callable[..., Any], *arguments: Any) -> list[A
                 rank, value = results.get()
                 collected[rank] = value
             spawned.join(timeout=0.2)  # raises what a process raised
-        while not spawned.join(timeout=TIMEOUT_S):
+        while not spawned.join(timeout=PATIENCE_S):
             pass
     finally:
         for process in spawned.processes:

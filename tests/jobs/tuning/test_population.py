@@ -13,20 +13,19 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.progress import read_metrics
-
-pytestmark = pytest.mark.timeout(600)
+from tests.patience import PATIENCE_S
 
 KEYS = (
     "run.name=sweep",
     "data.limit_documents=60",
-    "train.steps=16",
-    "train.checkpoint_every=4",
-    "train.evaluate_every=4",
+    "train.steps=36",
+    "train.checkpoint_every=12",
+    "train.evaluate_every=12",
     "train.evaluate_rows=4",
     "tune.space={train.learning_rate: {loguniform: [1e-5, 1e-2]}}",
     "tune.trials=2",
     "tune.scheduler=pbt",
-    "tune.grace_period=4",
+    "tune.grace_period=12",
 )
 
 
@@ -34,7 +33,7 @@ KEYS = (
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("population")
     command = [sys.executable, "-m", "jobs.cli", "tune", "tune-debug", f"run.dir={folder}", *KEYS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     assert "goes on from a better trial after step" in done.stdout
     summary = json.loads((folder / "sweep" / "summary.json").read_text())
@@ -93,7 +92,7 @@ def test_mlflow_has_what_changed_where_it_changed(sweep: Path) -> None:
 
 def test_the_readmes_pictures_are_drawn_from_it(sweep: Path, tmp_path: Path) -> None:
     script = Path(__file__).parents[3] / "docs" / "pictures.py"
-    subprocess.run([sys.executable, script, sweep, tmp_path], check=True, timeout=120)
+    subprocess.run([sys.executable, script, sweep, tmp_path], check=True, timeout=PATIENCE_S)
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     drawn = (tmp_path / "mlflow-tree.svg").read_text()
     names = ["sweep", "trial-0001", "trial-0002", *(attempt.name for attempt, _ in takeovers(sweep))]

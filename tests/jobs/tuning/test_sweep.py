@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from mlflow import MlflowClient
 
 from tests.cluster.head import TOKEN, Head, living, marked, plain_environment, running_head
 from tests.cluster.test_session import MARK, processes_with
+from tests.patience import PATIENCE_S
 
 STATUS = {"done": "FINISHED", "stopped": "KILLED"}
 
@@ -54,7 +54,7 @@ class Sweeping:
         return {number: trial for number, trial in self.trials().items() if trial["status"] in STATUS}
 
     def until(self, driver: subprocess.Popen[str], holds: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while not holds():
             assert driver.poll() is None, driver.communicate()[0]
             assert time.monotonic() < deadline, "it takes too long"
@@ -62,7 +62,7 @@ class Sweeping:
 
     def all_gone(self) -> None:
         """Nothing of it is on the cluster any more, nor a process beside it."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while (left := processes_with(self.mark)) or any(living(self.head.url).values()):
             assert time.monotonic() < deadline, (left, living(self.head.url))
             time.sleep(0.5)
@@ -79,7 +79,6 @@ class Sweeping:
         return running == after and [*counts, len(held["placement_groups"])] == [len(running)] * 2 + [2 * len(running)]
 
 
-@pytest.mark.timeout(900)
 def test_a_sweep_that_is_ended_in_every_way_goes_on(tmp_path: Path) -> None:
     with running_head(tmp_path) as head:
         _end_it_in_every_way(Sweeping(tmp_path, head))
@@ -89,7 +88,7 @@ def _end_it_in_every_way(own: Sweeping) -> None:
     driver = own.tune()
     own.until(driver, lambda: any(trial["step"] >= 8 for trial in own.trials().values()))
     driver.send_signal(signal.SIGINT)
-    said = driver.communicate(timeout=90)[0]
+    said = driver.communicate(timeout=PATIENCE_S)[0]
     assert driver.returncode == 130 and "go on with run.resume=true" in said and "Traceback" not in said, said
     own.all_gone()
 
@@ -105,7 +104,7 @@ def _end_it_in_every_way(own: Sweeping) -> None:
         own.until(driver, lambda word=word: own.head.processes(word))
         own.head.processes(word)[0].kill()
     own.until(driver, lambda: {*own.ended()} - {*ended} and own.holds_what_runs())
-    said = driver.communicate(timeout=400)[0]
+    said = driver.communicate(timeout=PATIENCE_S)[0]
     assert driver.returncode == 0 and "Traceback" not in said, said
     own.all_gone()
 
@@ -145,7 +144,7 @@ def _best_is_what_it_says(own: Sweeping, trials: dict[int, dict[str, Any]]) -> N
     rows = [*csv.DictReader((own.sweep / "trials.csv").read_text().splitlines())]
     assert [(int(row["trial"]), row["status"]) for row in rows] == [(n, trials[n]["status"]) for n in sorted(trials)]
     driver = own.start("train", str(own.sweep / "best.yaml"), "cluster.address=null")
-    said = driver.communicate(timeout=200)[0]
+    said = driver.communicate(timeout=PATIENCE_S)[0]
     assert driver.returncode == 0, said
     again = json.loads((own.folder / "runs" / "sweep-best" / "summary.json").read_text())
     assert again["metrics"]["bits_per_byte"] == summary["best"]["value"]
