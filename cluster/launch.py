@@ -21,10 +21,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
+from cluster import placement_cleanup, without_datasets
 from cluster.errors import ClusterError, Stopped
 from cluster.interfaces import NodesTorchConfig
 from cluster.nodes import on_this_node
-from cluster.placement_cleanup import mend
 from cluster.shared_storage import NotShared, on_shared_storage
 
 # Ray Train's controller takes one report from each worker about every two seconds, and a worker that reports
@@ -47,12 +47,15 @@ class _Forward(UserCallback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        mend()  # this object arrives in the controller's process before the run begins there
+        placement_cleanup.mend()  # this object arrives in the controller's process before the run begins there
+        without_datasets.mend()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if not self._is_known:
             self._is_known = True
-            self._queue.put({"kind": "controller", "actor": ray.get_runtime_context().current_actor})
+            # Pickled, so that the queue's own process need not load what the controller is made of.
+            actor = ray.cloudpickle.dumps(ray.get_runtime_context().current_actor)
+            self._queue.put({"kind": "controller", "actor": actor})
         for report in metrics:
             if report:
                 self._queue.put({"kind": "report", **report})
@@ -202,7 +205,7 @@ class _Listener(threading.Thread):
             except ray.exceptions.RayError:
                 return  # Ray itself is going down, and the run with it
             if message.get("kind") == "controller":
-                self.controller = message["actor"]
+                self.controller = ray.cloudpickle.loads(message["actor"])
             else:
                 self._call(self._on_message, message)
             heard = time.monotonic()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoints import MANIFEST, CheckpointStore
 from cluster.errors import ClusterError
 from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker, flatten
@@ -141,7 +142,7 @@ class _Trial:
             return
         self.reported = step
         if self.config["carries"] and "checkpoint" in row:
-            self._carry(Path(row["checkpoint"]), step)
+            self._carry(Path(row["checkpoint"]))
         self._log(step, value)
         if step < self._steps:  # the last comes with the end
             self.channel.report({"step": step, self.metric: value, "mlflow_run_id": self.tracker.run_id})
@@ -158,21 +159,33 @@ class _Trial:
             if row["step"] > self.known:
                 self._heard(row)
 
-    def _carry(self, checkpoint: Path, step: int) -> None:
-        """Keep a checkpoint (its files, not copies of them) for a trial that goes on from here."""
+    def _carry(self, checkpoint: Path) -> None:
+        """Keep a checkpoint (its files, not copies of them) for a trial that goes on from here.
+
+        Where steps are so fast that a newer one has replaced it already, the newest is kept: without any, a trial that
+        goes on from here would begin anew.
+        """
+        while not self._keep(checkpoint):
+            checkpoint = CheckpointStore(checkpoint.parent).list()[-1]
+        for old in self._carried()[: -self.config["carries"]]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _keep(self, checkpoint: Path) -> bool:
+        """Whether it was still there."""
         kept = self.folder / CARRIED / str(self.attempt) / checkpoint.name
         if not kept.exists():
             aside = kept.with_suffix(".aside")
             shutil.rmtree(aside, ignore_errors=True)
             try:
                 shutil.copytree(checkpoint, aside, copy_function=_link)
-            except (FileNotFoundError, shutil.Error):  # steps so fast that newer ones have replaced it already
+            except (FileNotFoundError, shutil.Error):
+                if (checkpoint / MANIFEST).exists():  # it is another fault
+                    raise
                 shutil.rmtree(aside, ignore_errors=True)
-                return
+                return False
             aside.rename(kept)
         self.channel.pointer = self._pointer(kept)
-        for old in self._carried()[: -self.config["carries"]]:
-            shutil.rmtree(old, ignore_errors=True)
+        return True
 
     def _begin_to_carry(self) -> None:
         """Until it has a checkpoint of its own here, this attempt is where it began or where it had come to."""

@@ -18,7 +18,8 @@ from tests.patience import PATIENCE_S
 KEYS = (
     "run.name=sweep",
     "data.limit_documents=60",
-    "train.steps=36",
+    "cluster.threads_per_worker=1",
+    "train.steps=60",
     "train.checkpoint_every=12",
     "train.evaluate_every=12",
     "train.evaluate_rows=4",

@@ -73,6 +73,7 @@ class Sweeping:
         """Whether the cluster holds as many controllers, workers and places as trials are running now."""
         running = [number for number, trial in self.trials().items() if trial["status"] == "running"]
         held = living(self.head.url)
+        assert {"DatasetManager", "PreemptionWatcher"}.isdisjoint(held["actors"]), "Ray Train starts more than is used"
         counts = [held["actors"].count(name) for name in ("TrainController", "RayTrainWorker")]
         after = [number for number, trial in self.trials().items() if trial["status"] == "running"]
         # A trial has a place of its own, and another for its worker.

@@ -81,7 +81,7 @@ def test_checkpoints_are_carried_by_attempt_and_the_newest_are_kept(starts: Star
     trial.attempt = 1
     run = starts.folder / "run"
     for step in (2, 4, 12):
-        trial._carry(starts.checkpoint(run, step), step)
+        trial._carry(starts.checkpoint(run, step))
     assert [each.name for each in trial._carried()] == ["step-00000004", "step-00000012"]
 
     donors = {"trial": 1, "step": 10, "checkpoint": "the donor's"}
@@ -90,7 +90,7 @@ def test_checkpoints_are_carried_by_attempt_and_the_newest_are_kept(starts: Star
     taker._begin_to_carry()
     assert taker.channel.pointer == donors
     again = starts.checkpoint(starts.folder / "second", 12)
-    taker._carry(again, 12)
+    taker._carry(again)
     kept = taker._carried()[-1]
     assert (kept.parent.name, kept.name) == ("2", "step-00000012")
     assert (kept / "weights").read_text() == (again / "weights").read_text()  # not that of the first attempt
@@ -100,6 +100,18 @@ def test_checkpoints_are_carried_by_attempt_and_the_newest_are_kept(starts: Star
     paused.attempt = 2
     paused._begin_to_carry()
     assert paused.channel.pointer["checkpoint"] == str(kept)
+
+
+def test_where_a_newer_checkpoint_has_replaced_it_the_newest_is_carried(starts: Starts) -> None:
+    """Otherwise who goes on from this trial would begin anew."""
+    trial = starts.start(RATE)
+    trial.attempt = 1
+    run = starts.folder / "run"
+    newest = [starts.checkpoint(run, step) for step in (8, 12)][-1]
+    trial._carry(run / "step-00000004")
+    (kept,) = trial._carried()
+    assert trial.channel.pointer == {"trial": 2, "step": 12, "checkpoint": str(kept)}
+    assert (kept / "weights").read_text() == (newest / "weights").read_text()
 
 
 def test_a_trial_waits_for_its_process_before_a_pause(starts: Starts) -> None:
