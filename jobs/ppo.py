@@ -23,10 +23,11 @@ from jobs.learned_problems import check_unseen
 from jobs.recipe import Recipe
 from jobs.rl.evaluation_loop import EvaluationLoop
 from jobs.rl.ledger import DRIVER_FILE, LedgerFile, entries, ledger_totals
+from jobs.rl.messages import Trajectory
 from jobs.rl.policy_source import REFERENCE, write_reference
 from jobs.rl.reward_worker import RewardWorker
 from jobs.rl.rollout_loop import RolloutLoop
-from jobs.rl.rollout_worker import RolloutWorker, Trajectory
+from jobs.rl.rollout_worker import RolloutWorker
 from jobs.run_record import RunRecord
 from jobs.shrinking import ppo_for
 from jobs.task_source import load_recipe_tasks

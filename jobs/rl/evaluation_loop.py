@@ -11,7 +11,7 @@ from statistics import fmean
 
 from cluster.actor_pool import ActorPool, Done
 from jobs.recipe_schema_rl import PPOSection
-from jobs.rl.rollout_worker import Evaluated
+from jobs.rl.messages import Evaluated
 
 
 class EvaluationLoop:

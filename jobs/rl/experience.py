@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jobs.rl.rollout_worker import Trajectory
+from jobs.rl.messages import Trajectory
 
 
 @dataclass

@@ -20,7 +20,7 @@ from cluster.engine import Engine
 from jobs.recipe import Recipe
 from jobs.recipe_schema_rl import PPOSection
 from jobs.rl.experience import Experience
-from jobs.rl.rollout_worker import Probe
+from jobs.rl.messages import Probe
 from mmada.actor_critic import ActorCriticOutput
 from mmada.training.advantages import explained_variance, whiten
 from mmada.training.algorithms import (

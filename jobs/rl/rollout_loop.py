@@ -24,7 +24,7 @@ from jobs.rl.evaluation_loop import EvaluationLoop
 from jobs.rl.experience import collect
 from jobs.rl.ledger import LedgerFile
 from jobs.rl.logprob_gap import gap_message, max_logprob_gap
-from jobs.rl.rollout_worker import Request, Sampled, Trajectory
+from jobs.rl.messages import Request, Sampled, Trajectory
 from mmada.data import global_batch_indices
 from mmada.data.task_rows import prompt_ids
 from mmada.data.tasks import TaskSet

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.actor_pool import Done
 from jobs.recipe import load_recipe
 from jobs.rl.evaluation_loop import EvaluationLoop
-from jobs.rl.rollout_worker import Evaluated
+from jobs.rl.messages import Evaluated
 
 
 class Calls:

@@ -13,10 +13,11 @@ from jobs.engine_settings import policy_settings
 from jobs.recipe import Recipe
 from jobs.rl.experience import Experience, collect
 from jobs.rl.logprob_gap import max_logprob_gap
+from jobs.rl.messages import Request
 from jobs.rl.policy_source import REFERENCE
 from jobs.rl.policy_update import PolicyUpdate
 from jobs.rl.rollout_loop import sample_seeds
-from jobs.rl.rollout_worker import Request, RolloutWorker
+from jobs.rl.rollout_worker import RolloutWorker
 from mmada.actor_critic import POLICY, ActorCritic
 from mmada.tokenizer import ByteTokenizer
 from tests.jobs.rl.experiences import small_recipe

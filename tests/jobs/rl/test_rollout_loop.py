@@ -24,10 +24,11 @@ from cluster.weights import fetch, pack, publish
 from jobs.rl.evaluation_loop import EvaluationLoop
 from jobs.rl.experience import Experience
 from jobs.rl.ledger import DRIVER_FILE, LedgerFile
+from jobs.rl.messages import Probe
 from jobs.rl.policy_source import REFERENCE
 from jobs.rl.reward_worker import RewardWorker
 from jobs.rl.rollout_loop import RolloutLoop
-from jobs.rl.rollout_worker import Probe, RolloutWorker
+from jobs.rl.rollout_worker import RolloutWorker
 from jobs.task_source import load_recipe_tasks
 from mmada.model import MMaDAForCausalLM
 from mmada.presets import build_config
