@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cluster.parameter_groups import parameter_groups
 from jobs.evaluate import here
 from jobs.objectives.objective import Objective
-from jobs.objectives.registry import OBJECTIVES, prepare_objective
+from jobs.objectives.registry import open_objective, prepare_objective
 from jobs.recipe import Recipe, RecipeError, load_recipe
 from jobs.recipe_checks import check
 from mmada.data import global_batch_indices, load_tokenizer, sample_ids
@@ -294,7 +294,7 @@ def test_problems_that_cannot_be_learned_are_refused_before_anything_starts(tmp_
 
 def test_the_driver_and_a_worker_speak_of_the_same_problems(tmp_path):
     recipe = recipe_of(tmp_path)
-    driver, worker = prepare_objective(recipe), OBJECTIVES["language_model", "tasks"].open(recipe, None)
+    driver, worker = prepare_objective(recipe), open_objective(recipe, None)
     assert driver.fingerprint == worker.fingerprint and driver.prepared is None
     assert "24 problems to learn from" in driver.announcement() and "7 held out" in driver.announcement()
     assert isinstance(worker.build_model(), MMaDAForCausalLM)

@@ -7,9 +7,11 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -18,6 +20,8 @@ from jobs.bare_loop import BareLoop, text_batches
 from jobs.recipe import Recipe, load_recipe
 from mmada.model import MMaDAForCausalLM
 from tests.patience import PATIENCE_S
+
+CPUS_ALONE = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 def small_recipe(run_dir: Path, **overrides: Any) -> Recipe:
@@ -29,14 +33,13 @@ def small_recipe(run_dir: Path, **overrides: Any) -> Recipe:
 
 def run_together(world: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Run ``job(rank, *arguments)`` in ``world`` processes joined by gloo; each one's result, by rank."""
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
+    _be_ready_to_fork()
+    results = multiprocessing.get_context("forkserver").SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawned = multiprocessing.start_processes(
-        _joined, (world, port, job, arguments, results), nprocs=world, join=False, start_method="spawn"
-    )
+    given = (world, port, dict(os.environ), job, arguments, results)
+    spawned = multiprocessing.start_processes(_joined, given, nprocs=world, join=False, start_method="forkserver")
     collected: dict[int, Any] = {}
     try:
         while len(collected) < world:
@@ -50,6 +53,19 @@ def run_together(world: int, job: Callable[..., Any], *arguments: Any) -> list[A
         for process in spawned.processes:
             process.kill()
     return [collected[rank] for rank in range(world)]
+
+
+def _be_ready_to_fork() -> None:
+    """Have a process that has loaded what workers load, and has done nothing with it: all workers are forked from it.
+
+    Loading takes longer than most of what they are then asked to do.
+    """
+    own = {**CPUS_ALONE, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own.items():
+            patch.setenv(name, value)
+        forkserver.set_forkserver_preload(["jobs.worker"])
+        forkserver.ensure_running()
 
 
 def bare_curve(recipe: Recipe, prepared: Path, steps: int) -> tuple[list[tuple[float, float]], MMaDAForCausalLM]:
@@ -118,10 +134,17 @@ def _train_all(rank: int, jobs: list[tuple[Recipe, Path, int]], prepared: Path) 
 
 
 def _joined(
-    rank: int, world: int, port: int, job: Callable[..., Any], arguments: tuple[Any, ...], results: Any
+    rank: int,
+    world: int,
+    port: int,
+    environment: dict[str, str],
+    job: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    results: Any,
 ) -> None:
+    os.environ.clear()  # that of whoever started the process that this one was forked from
+    os.environ |= environment | CPUS_ALONE
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (DeepSpeed's chatter)
     torch.set_num_threads(1)
