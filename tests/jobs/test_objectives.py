@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cluster.parameter_groups import parameter_groups
 from jobs.evaluate import here
 from jobs.objectives.objective import Objective
-from jobs.objectives.registry import open_objective, prepare_objective
+from jobs.objectives.registry import OBJECTIVES, open_objective, prepare_objective
 from jobs.recipe import Recipe, RecipeError, load_recipe
 from jobs.recipe_checks import check
 from mmada.data import global_batch_indices, load_tokenizer, sample_ids
