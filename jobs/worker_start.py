@@ -23,6 +23,6 @@ def learn(config: dict[str, Any]) -> None:
 
 
 def only_cpus(recipe: dict[str, Any]) -> None:
-    """In a worker without GPUs of its own, before torch is imported: leave those that others use alone."""
+    """In a worker without GPUs of its own, before CUDA and DeepSpeed look around: leave those that others use alone."""
     if not recipe["cluster"]["gpus_per_worker"]:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

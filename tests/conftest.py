@@ -31,15 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_setup() -> Iterator[None]:
-    """What a fixture that fails had started ends with it."""
+def pytest_fixture_setup() -> Iterator[object]:
+    """What a fixture that fails had started ends with it; those it builds on have been set up before."""
     with _no_process_left_by_a_failure():
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """What a test that fails had started ends with it: a whole run would take the cores from the tests that follow."""
+    """What a test that fails had started ends with it, and what that has started: a whole run would take the cores from
+    the tests that follow.
+    """
     with _no_process_left_by_a_failure():
         return (yield)
 

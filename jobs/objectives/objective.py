@@ -113,7 +113,7 @@ class Objective(ABC):
     @classmethod
     @abstractmethod
     def model_class(cls) -> type[TrainableModel]:
-        """What is trained. Imported when it is asked for: models are much to load, and a driver has no use for one."""
+        """What is trained. Imported when it is asked for, if it can be: models are much to load."""
 
     @classmethod
     @abstractmethod

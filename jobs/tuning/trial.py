@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoints import MANIFEST, CheckpointStore
+from cluster.checkpoints import CheckpointStore
 from cluster.errors import ClusterError
 from cluster.terminal import quiet_terminal
 from cluster.tracking import Tracker, flatten
@@ -162,11 +162,12 @@ class _Trial:
     def _carry(self, checkpoint: Path) -> None:
         """Keep a checkpoint (its files, not copies of them) for a trial that goes on from here.
 
-        Where steps are so fast that a newer one has replaced it already, the newest is kept: without any, a trial that
-        goes on from here would begin anew.
+        Where steps are so fast that newer ones have replaced it already, the newest that leaves something to do is
+        kept: without any, a trial that goes on from here would begin anew.
         """
-        while not self._keep(checkpoint):
-            checkpoint = CheckpointStore(checkpoint.parent).list()[-1]
+        if not self._keep(checkpoint):
+            newer = [each for each in CheckpointStore(checkpoint.parent).list() if _step_of(each) < self._steps]
+            any(self._keep(each) for each in reversed(newer))
         for old in self._carried()[: -self.config["carries"]]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -179,7 +180,7 @@ class _Trial:
             try:
                 shutil.copytree(checkpoint, aside, copy_function=_link)
             except (FileNotFoundError, shutil.Error):
-                if (checkpoint / MANIFEST).exists():  # it is another fault
+                if checkpoint.is_dir():  # it is another fault
                     raise
                 shutil.rmtree(aside, ignore_errors=True)
                 return False
@@ -203,8 +204,7 @@ class _Trial:
         )
 
     def _pointer(self, kept: Path) -> dict[str, Any]:
-        step = int(kept.name.partition("-")[2])
-        return {"trial": self.number, "step": step, "checkpoint": str(kept)}
+        return {"trial": self.number, "step": _step_of(kept), "checkpoint": str(kept)}
 
     @property
     def _is_takeover(self) -> bool:
@@ -240,6 +240,10 @@ class _Trial:
         values["run"] = {**values["run"], **run}
         values["cluster"] = {**(values.get("cluster") or {}), "address": self.config["address"]}
         recipe = recipe_of(values)
+        if self.config["carries"]:  # this process hears of a checkpoint some seconds after it was written
+            kept = max(recipe.train.keep_checkpoints, self.config["carries"])
+            train = recipe.train.model_copy(update={"keep_checkpoints": kept})
+            recipe = recipe.model_copy(update={"train": train})
         if self.config["verb"] == "ppo":
             from jobs.recipe_checks_ppo import completed
 
@@ -290,6 +294,10 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, float | str]:
         with contextlib.suppress(ValueError):
             found[name] = float(text)
     return found
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def _link(source: str, target: str) -> None:

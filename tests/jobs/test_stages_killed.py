@@ -28,6 +28,7 @@ from tests.jobs.test_stages import STAGES, staged, without_times
 from tests.jobs.test_train import MMADA, processes_of, sealed
 from tests.patience import PATIENCE_S
 
+pytestmark = pytest.mark.timeout(2400)  # five starts
 EVERY = 6  # steps between checkpoints, each with an evaluation: time enough to strike between two of them
 EDGE, MIDDLE, OTHER_EDGE, END = EVERY, 2 * EVERY, 3 * EVERY, 4 * EVERY
 # The last stage might go on for two steps more; its evaluations end it.

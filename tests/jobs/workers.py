@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -58,7 +60,8 @@ def run_together(world: int, job: Callable[..., Any], *arguments: Any) -> list[A
 def _be_ready_to_fork() -> None:
     """Have a process that has loaded what workers load, and has done nothing with it: all workers are forked from it.
 
-    Loading takes longer than most of what they are then asked to do.
+    Loading takes longer than most of what they are then asked to do. All order their sets of texts alike, other than
+    processes that were started one by one.
     """
     own = {**CPUS_ALONE, "PYTHONPATH": str(Path(__file__).parents[2])}
     with pytest.MonkeyPatch.context() as patch:
@@ -142,6 +145,8 @@ def _joined(
     arguments: tuple[Any, ...],
     results: Any,
 ) -> None:
+    for seed_anew in (random.seed, np.random.seed, torch.seed):
+        seed_anew()
     os.environ.clear()  # that of whoever started the process that this one was forked from
     os.environ |= environment | CPUS_ALONE
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}

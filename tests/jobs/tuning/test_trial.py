@@ -103,15 +103,17 @@ def test_checkpoints_are_carried_by_attempt_and_the_newest_are_kept(starts: Star
 
 
 def test_where_a_newer_checkpoint_has_replaced_it_the_newest_is_carried(starts: Starts) -> None:
-    """Otherwise who goes on from this trial would begin anew."""
+    """Otherwise who goes on from this trial would begin anew; from the last step there would be nothing to go on to."""
     trial = starts.start(RATE)
-    trial.attempt = 1
+    trial.attempt, trial._steps = 1, 16
     run = starts.folder / "run"
-    newest = [starts.checkpoint(run, step) for step in (8, 12)][-1]
+    _, newest, _ = (starts.checkpoint(run, step) for step in (8, 12, 16))
     trial._carry(run / "step-00000004")
     (kept,) = trial._carried()
     assert trial.channel.pointer == {"trial": 2, "step": 12, "checkpoint": str(kept)}
     assert (kept / "weights").read_text() == (newest / "weights").read_text()
+    trial._carry(starts.folder / "gone" / "step-00000008")
+    assert trial._carried() == [kept] and trial.channel.pointer["step"] == 12
 
 
 def test_a_trial_waits_for_its_process_before_a_pause(starts: Starts) -> None:
