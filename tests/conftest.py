@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 
 import psutil
@@ -17,6 +18,9 @@ if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 # Tokenizers warn about every fork after their own threads have run.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A script's background jobs, this test run perhaps, ignore Ctrl-C, and so would what is started here to be interrupted.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

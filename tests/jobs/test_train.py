@@ -32,8 +32,6 @@ def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen
         text=True,
         cwd=folder,
         env=os.environ | environment,
-        # A script's background jobs, this test run perhaps, ignore Ctrl-C and hand that on to what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
