@@ -1,8 +1,8 @@
 """Ray Train without its actor for Ray Data: workers here read their rows themselves.
 
 Ray Train 2.60 starts one for every group of workers, with data sets or without
-(ray/train/v2/_internal/callbacks/datasets.py): a process of 200 MB beside each run and each trial of a search, and two
-seconds of every start.
+(ray/train/v2/_internal/callbacks/datasets.py): a process of 200 MB and two CPU seconds beside each run and each trial
+of a search.
 """
 
 from __future__ import annotations

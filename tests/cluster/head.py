@@ -20,7 +20,7 @@ import requests
 from tests.cluster.test_session import MARK, free_port, processes_with
 
 TOKEN = uuid.uuid4().hex * 2
-ENDED_AFTER_S = 1200  # whatever happens to the test
+ENDED_AFTER_S = 900  # whatever happens to the test
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import psutil
 
 from tests.cluster.test_session import MARK, free_port, processes_with
 
-START_TIMEOUT_S = 600
-ENDED_AFTER_S = 1200  # whatever happens to the test
+START_TIMEOUT_S = 180
+ENDED_AFTER_S = 900  # whatever happens to the test
 SUBNET = "10.77.0"
 
 

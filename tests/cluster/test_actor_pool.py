@@ -21,7 +21,7 @@ from cluster.errors import ClusterError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
-WAIT_S = 180
+WAIT_S = 60
 LONG_S = 4.0  # longer than a busy machine takes to do what is short
 
 

@@ -15,7 +15,7 @@ from cluster.exchange import Begun, Exchange, Published, Stopped
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
-WAIT_S = 180
+WAIT_S = 60
 
 
 @pytest.fixture

@@ -190,7 +190,7 @@ def running_cluster(tmp_path_factory):
         text=True,
         start_new_session=True,
     )
-    watchdog = threading.Timer(1200, head.kill)
+    watchdog = threading.Timer(600, head.kill)
     watchdog.start()
     try:
         for line in head.stdout:

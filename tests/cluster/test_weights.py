@@ -16,7 +16,7 @@ from cluster.weights import ALIGNMENT, PackedWeights, fetch, pack, publish, unpa
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
-WAIT_S = 180
+WAIT_S = 60
 
 
 def some_tensors() -> dict[str, torch.Tensor]:

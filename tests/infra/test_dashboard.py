@@ -18,7 +18,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.exported_metrics import SweepMetrics
 from cluster.session import RaySession
-from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "infra/monitoring/grafana/mmada.json").read_text())
@@ -70,7 +69,7 @@ def exported(tmp_path_factory) -> dict[str, set[str]]:
             with SweepMetrics("a-sweep", "held_out_accuracy") as sweep:
                 sweep.trials(pending=2, running=1, done=3, stopped=1)
                 sweep.best(0.5)
-                deadline = time.monotonic() + PATIENCE_S
+                deadline = time.monotonic() + 240
                 while run.poll() is None and time.monotonic() < deadline:
                     take_in(address, found)
                     time.sleep(0.5)

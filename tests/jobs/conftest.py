@@ -5,6 +5,14 @@ from pathlib import Path
 import pytest
 
 from mmada.data import TextSource, load_tokenizer, prepare
+from tests.patience import TEST_S
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of jobs start whole runs and may take longer than others."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(TEST_S))
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,7 @@ def test_the_second_step_leaves_experts_idle_where_it_should(prepared, tmp_path)
     assert (model.train()(**text_batches(recipe, prepared)(1)).expert_load == 0).any(dim=1).all()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
 def test_two_workers_follow_one_process(bare, stack, case):
     for step, (ours, plain) in enumerate(zip(stack[case][0], bare[tuple(CASES[case][1])], strict=True)):
@@ -108,6 +109,7 @@ def test_two_workers_follow_one_process(bare, stack, case):
         assert ours[1] == pytest.approx(plain[1], rel=1e-3), f"gradient norm of step {step}"
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_is_the_same_bit_for_bit(stack, case):
     straight, resumed = stack[case]

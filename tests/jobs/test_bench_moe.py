@@ -8,7 +8,6 @@ import pytest
 
 from jobs.bench.moe import FLOOR, PEAK, Shape, Timings, parse, peak_flops, read_shape, short
 from jobs.cli import CommandError
-from tests.patience import PATIENCE_S
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -53,7 +52,7 @@ def test_wrong_arguments_are_refused(args: list[str], message: str) -> None:
 def test_a_small_run_prints_the_table_and_nothing_else(tmp_path) -> None:
     arguments = ["bench", "moe", "--shape", "16x8x4x3x32", "--rounds", "2", "--threads", "1"]
     command = [sys.executable, "-m", "jobs.cli", *arguments, "--json", str(tmp_path / "times.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("width 16, expert width 8, 4 experts, top 3, 32 tokens")
     (record,) = json.loads((tmp_path / "times.json").read_text())

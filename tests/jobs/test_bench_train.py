@@ -14,6 +14,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(pa
         bench.run(["--json", path])
 
 
+@pytest.mark.timeout(240)
 def test_every_contender_takes_its_turns(tmp_path, capfd):
     tiny = ["model.preset=debug", "model.num_experts=4", "train.global_batch=4", "train.sequence_length=32"]
     small = ["data.limit_documents=20", "cluster.threads_per_worker=1"]

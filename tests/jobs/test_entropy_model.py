@@ -82,6 +82,7 @@ def runs(prepared, entropy_model, tmp_path_factory):
     return folder, found, left_open
 
 
+@pytest.mark.timeout(600)
 def test_every_stage_follows_the_bare_loop_across_a_change_of_topology(runs, bare):
     """In fp32, the second half from a checkpoint of the first: the frozen weights come back as they were."""
     _, found, _ = runs

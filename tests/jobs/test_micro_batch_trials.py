@@ -71,6 +71,7 @@ def taken(prepared, tmp_path_factory) -> dict[str, tuple[dict[int, int], int, in
 
 
 @pytest.mark.parametrize("where", PLACES)
+@pytest.mark.timeout(900)
 def test_more_rows_take_more_and_all_is_given_back(where, taken):
     peaks, left, weights = taken[where]
     assert peaks[1] < peaks[2] < peaks[4] < peaks[8]
@@ -101,6 +102,7 @@ def runs(prepared, taken, tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("where", PLACES)
+@pytest.mark.timeout(900)
 def test_what_fits_is_found_and_leaves_no_trace(where, runs):
     own = runs[where]
     rows, notes, settled = own["whole"]
@@ -118,6 +120,7 @@ def test_what_fits_is_found_and_leaves_no_trace(where, runs):
 
 
 @pytest.mark.parametrize("where", PLACES)
+@pytest.mark.timeout(900)
 def test_a_run_goes_on_with_what_it_began_with(where, runs):
     own = runs[where]
     for name, said in (("roomy", "train.micro_batch=4 as in the checkpoint: a step takes"),
@@ -147,6 +150,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.timeout(600)
 def test_trials_see_every_stage_and_pairs(tmp_path):
     """The longest stage decides, with the loss that it weighs in the end."""
     (tmp_path / "logs").mkdir()

@@ -19,7 +19,7 @@ from tests.cluster.machines import Machines
 from tests.jobs.test_train import MMADA, finish, processes_of, sealed, wait_for
 from tests.jobs.workers import bare_curve
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, SAVED = 8, 2
 LEFT = """

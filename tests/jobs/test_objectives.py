@@ -156,6 +156,7 @@ def alone(plain, case: str):
     return plain[*what, SEQUENCE_SCOPE] if SEQUENCE_SCOPE in where else plain[tuple(what)]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
 def test_two_workers_follow_one_process(stack, plain, case):
     for step, (ours, theirs) in enumerate(zip(stack[case][0], alone(plain, case)[0], strict=True)):

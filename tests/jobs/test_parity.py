@@ -59,6 +59,7 @@ def stack(prepared, tmp_path_factory) -> dict[tuple[str, int], list[tuple[float,
 
 @pytest.mark.parametrize("choice", sorted(TOP_K))
 @pytest.mark.parametrize("name", sorted(TOPOLOGIES))
+@pytest.mark.timeout(600)
 def test_follows_the_bare_loop(bare, stack, name, choice):
     top_k, loss_tolerance, norm_tolerance = TOP_K[choice]
     for step, (ours, plain) in enumerate(zip(stack[name, top_k], bare[top_k], strict=True)):

@@ -56,6 +56,7 @@ def engines(prepared, tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.timeout(600)
 def test_follows_the_bare_loop(bare, engines, name):
     (steps, tensors), (plain_steps, plain_tensors) = engines[name], bare[ENGINES[name][0]]
     for step, (ours, plain) in enumerate(zip(steps, plain_steps, strict=True)):

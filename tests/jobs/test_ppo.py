@@ -206,7 +206,7 @@ def test_every_part_may_be_killed(undisturbed: tuple[Path, str], folder: Path):
     # The weights, the prompts and every sample's seed are as they would have been.
     for ours, theirs in zip(rewards_of(run_dir), rewards_of(undisturbed[0]), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    _, alive = psutil.wait_procs(everyone, timeout=PATIENCE_S)
+    _, alive = psutil.wait_procs(everyone, timeout=280)
     assert alive == []
 
 
@@ -215,7 +215,6 @@ def test_every_mixer_and_byte_patches_keep_the_gap_closed(folder: Path):
     mixers = ["model.mixer_types=attention,ssm,hybrid,memory", "model.num_hidden_layers=4"]
     patches = ["model.patches={mode: space, local_size: 32}", "cluster.expert_parallel=1"]
     learning = ["train.zero_stage=3", "ppo.algorithm=grpo", "ppo.max_staleness=1", "ppo.iterations=3"]
-    learning += ["ppo.rollout_workers=1", "ppo.reward_workers=1"]
     finish(start(folder, "mixed", "ppo.checkpoint_every=0", *mixers, *patches, *learning))
     summary = json.loads((folder / "mixed" / "summary.json").read_text())
     assert summary["status"] == "done" and summary["logprob_gap"] < 1e-5

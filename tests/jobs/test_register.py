@@ -21,7 +21,6 @@ from mmada.data import load_tokenizer
 from mmada.generate import stream_text
 from mmada.model import MMaDAForCausalLM
 from mmada.reward_model import COMPONENTS, MMaDARewardModel
-from tests.patience import PATIENCE_S
 
 
 def a_run(folder: Path, name: str, kind: type) -> tuple[Path, str]:
@@ -76,7 +75,7 @@ def test_a_fresh_process_loads_and_predicts(tmp_path, capfd):
         env=environment | {"MLFLOW_TRACKING_URI": uri},
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     said, judged, code = json.loads(done.stdout.splitlines()[-1])

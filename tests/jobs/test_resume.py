@@ -78,6 +78,7 @@ def continued(prepared, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+@pytest.mark.timeout(900)
 def test_another_topology_goes_on_on_the_same_curve(source, target, continued, bare):
     """Compared at the steps after the first too: a lost moment or step count shows only there."""
     losses, notes = continued[source, target]
@@ -129,6 +130,7 @@ def resumed(prepared, tmp_path_factory):
 
 
 @pytest.mark.parametrize("topology", SAME, ids=str)
+@pytest.mark.timeout(600)
 def test_the_same_topology_resumes_bit_for_bit(topology, resumed):
     folder, (straight, _), (first, _), (second, notes) = resumed[topology]
     whole, halves = folder / "whole", folder / "halves"

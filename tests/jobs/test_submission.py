@@ -23,7 +23,6 @@ from jobs.submission.room import check_room, files_elsewhere
 from jobs.submission.submit import entrypoint
 from tests.cluster.head import TOKEN, plain_environment
 from tests.cluster.test_ray_jobs import head, token  # noqa: F401 (fixtures)
-from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -70,7 +69,7 @@ class User:
             text=True,
         )
 
-    def says(self, *arguments: str, timeout: float = PATIENCE_S) -> tuple[int, str, str]:
+    def says(self, *arguments: str, timeout: float = 200) -> tuple[int, str, str]:
         process = self.start(*arguments)
         try:
             out, err = process.communicate(timeout=timeout)
@@ -115,7 +114,7 @@ def test_a_run_is_sent_left_picked_up_and_ends_where_its_recipe_says(user, here,
         if line.startswith("data "):
             break
     first.kill()  # as if the laptop had been closed
-    first.communicate(timeout=PATIENCE_S)
+    first.communicate(timeout=60)
     text = "".join(printed)
     assert "3 CPU and 0 GPU on 1 node at" in text, text
     (job_id,) = [line.split()[1].rstrip(",") for line in printed if line.startswith("job ")]
@@ -160,7 +159,7 @@ def test_a_job_is_stopped_by_name_and_its_follower_told(user, head, token):  # n
         if line == "asleep\n":
             break
     impatient.send_signal(signal.SIGINT)
-    _, err = impatient.communicate(timeout=PATIENCE_S)
+    _, err = impatient.communicate(timeout=60)
     assert impatient.returncode == 130
     assert err.strip() == "left; the job goes on: mmada logs mmada-sleeper-1 --follow"
 
@@ -170,7 +169,7 @@ def test_a_job_is_stopped_by_name_and_its_follower_told(user, head, token):  # n
     code, out, err = user.says("stop", "mmada-sleeper-1")
     assert (code, err) == (0, "")
     assert out.startswith("job      mmada-sleeper-1 stopped after 0:")
-    out, err = follower.communicate(timeout=PATIENCE_S)
+    out, err = follower.communicate(timeout=60)
     assert follower.returncode == 143
     assert out.splitlines()[-1].startswith("job      mmada-sleeper-1 stopped after 0:")
     code, out, _ = user.says("stop", "mmada-sleeper-1")

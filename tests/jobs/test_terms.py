@@ -14,6 +14,8 @@ from mmada.config import MMaDAConfig
 from mmada.model import MMaDAForCausalLM
 from tests.jobs.workers import run_together, small_recipe
 
+pytestmark = pytest.mark.timeout(600)  # two dozen runs
+
 STEPS, FEW = 12, 3
 GATED = {"num_experts": 0, "mlp_layer_types": "null", "mixer_types": "hybrid", "hybrid.fusion": "routed"}
 MODEL = {f"model.{name}": value for name, value in GATED.items()} | {"cluster.expert_parallel": 1}

@@ -79,6 +79,7 @@ def whole(runs):
     return *finish(start(runs, "run.name=whole")), runs / "whole"
 
 
+@pytest.mark.timeout(600)
 def test_the_debug_recipe_does_all_it_promises(whole):
     code, out, err, run_dir = whole
     assert (code, err) == (0, "")
@@ -126,6 +127,7 @@ def test_export_and_generate_take_what_the_summary_names(whole, tmp_path):
         assert (said.returncode, said.stderr) == (0, "") and said.stdout.startswith("The ") and len(said.stdout) > 8
 
 
+@pytest.mark.timeout(600)
 def test_a_killed_worker_costs_nothing_but_time(whole, runs):
     """kill -9 of one worker after the first checkpoint: the same run, bit for bit."""
     often = ["train.keep_checkpoints=9", "train.checkpoint_every=2"]  # each save leaves time for the kill to strike
@@ -151,6 +153,7 @@ def test_a_killed_worker_costs_nothing_but_time(whole, runs):
     assert curves[0] == curves[1]
 
 
+@pytest.mark.timeout(600)
 def test_ctrl_c_ends_the_run_cleanly_and_resume_continues_it_with_one_worker(runs):
     process, run_dir = start(runs, "run.name=stopped", "train.steps=2000"), runs / "stopped"
     wait_for(sealed(run_dir, 10), process, "checkpoint")
@@ -175,6 +178,7 @@ def test_ctrl_c_ends_the_run_cleanly_and_resume_continues_it_with_one_worker(run
     assert client.get_run(summary["mlflow_run_id"]).info.status == "FINISHED"
 
 
+@pytest.mark.timeout(600)
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(runs, tmp_path):
     """A real file system of a few megabytes holds one checkpoint and not two."""
     small = tmp_path / "small"
@@ -217,6 +221,7 @@ def test_a_used_name_is_refused_in_one_line(whole, runs):
     assert err.count("\n") == 1 and "run.name=whole" in err and "run.resume=true" in err
 
 
+@pytest.mark.timeout(600)
 def test_a_running_cluster_is_joined_and_gives_the_same_curve(whole, runs, running_cluster):  # noqa: F811
     address, home = running_cluster
     code, out, err = finish(start(runs, "run.name=joined", f"cluster.address={address}", HOME=str(home)))

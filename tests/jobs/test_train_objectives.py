@@ -19,6 +19,7 @@ SMALL = ["data.limit_documents=null", "train.steps=3", "train.warmup_steps=1", "
 ONE = ["cluster.workers=1", "cluster.expert_parallel=1"]
 
 
+@pytest.mark.timeout(600)
 def test_a_reward_model_is_trained_on_a_users_pairs(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
     keys = [

@@ -37,7 +37,7 @@ from tests.jobs.rl.experiences import small_recipe
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
-WAIT_S = 180
+WAIT_S = 90
 PROMPTS, SAMPLES = 8, 2
 
 
